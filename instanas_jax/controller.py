@@ -1,0 +1,169 @@
+"""The controller: a small residual network that reads an image and scores every path.
+
+Source: InstaNAS (arXiv 1811.10201), section 3.3; layer widths from the authors' program.
+"""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from instanas_jax import convolution, layers
+from instanas_jax.layers import ConvBatchNorm, Folded
+from instanas_jax.search_space import SupernetSpec
+
+Variables = dict[str, Any]
+
+# Logits start near zero: every path is on with probability one half, whatever the image.
+_INITIAL_LOGIT_GAIN = 0.1
+
+
+def _segments(spec: SupernetSpec) -> tuple[tuple[int, int], ...]:
+    """(channels, stride) of each segment's residual block."""
+    width = spec.controller_channels
+    small = ((width, 1), (2 * width, 2), (4 * width, 2))
+    return small if spec.controller == "residual_small" else (*small, (8 * width, 2))
+
+
+class _Block(nn.Module):
+    channels: int
+    stride: int
+    projects: bool
+    lowering: convolution.Lowering
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        common = {"lowering": self.lowering, "axis_name": self.axis_name}
+        y = ConvBatchNorm("dense", self.channels, 3, self.stride, name="first", **common)(x)
+        y = ConvBatchNorm("dense", self.channels, 3, activation="relu6", name="second", **common)(y)
+        if self.projects:
+            x = ConvBatchNorm(
+                "pointwise",
+                self.channels,
+                stride=self.stride,
+                activation="none",
+                name="shortcut",
+                **common,
+            )(x)
+        else:
+            x = _pooled_shortcut(x, self.channels, self.stride)
+        return jnp.maximum(x + y, 0.0)
+
+
+def _pooled_shortcut(x: jax.Array, channels: int, stride: int) -> jax.Array:
+    """Average pool by the stride, then zero channels up to `channels`."""
+    return jnp.pad(_average_pool(x, stride), ((0, 0), (0, 0), (0, 0), (0, channels - x.shape[-1])))
+
+
+def _average_pool(x: jax.Array, size: int) -> jax.Array:
+    return x if size == 1 else nn.avg_pool(x, (size, size), (size, size))
+
+
+def _max_pool(x: jax.Array) -> jax.Array:
+    return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+
+def _projects(spec: SupernetSpec, in_channels: int, channels: int, stride: int) -> bool:
+    return spec.controller == "residual_large" and (stride != 1 or in_channels != channels)
+
+
+class _Controller(nn.Module):
+    spec: SupernetSpec
+    lowering: convolution.Lowering
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        spec = self.spec
+        common = {"lowering": self.lowering, "axis_name": self.axis_name}
+        if spec.controller == "residual_large":
+            x = _average_pool(images, 2)
+            x = ConvBatchNorm("dense", spec.controller_channels, 7, 2, name="stem", **common)(x)
+            x = _max_pool(x)
+        else:
+            x = ConvBatchNorm("dense", spec.controller_channels, 3, name="stem", **common)(images)
+        for index, (channels, stride) in enumerate(_segments(spec)):
+            projects = _projects(spec, x.shape[-1], channels, stride)
+            x = _Block(channels, stride, projects, name=f"segment_{index}", **common)(x)
+        features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+        logits = nn.Dense(spec.num_cells * spec.mask_shape[1], name="logits")(features)
+        return logits.reshape(-1, *spec.mask_shape)
+
+
+def init(key: jax.Array, spec: SupernetSpec) -> Variables:
+    """Fresh {"params", "batch_stats"}, float32."""
+    module = _Controller(spec, lowering="native", axis_name=None)
+    images = jax.ShapeDtypeStruct((1, spec.image_size, spec.image_size, 3), jnp.float32)
+    shapes = jax.eval_shape(lambda inputs: module.init(key, inputs), images)
+    return layers.initialise(key, shapes, linear_gain=_INITIAL_LOGIT_GAIN)
+
+
+def apply_train(
+    spec: SupernetSpec,
+    variables: Variables,
+    images: jax.Array,
+    *,
+    lowering: convolution.Lowering,
+    dtype: Any = jnp.float32,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Training mode, with batch statistics of the global batch.
+
+    Returns:
+      policy_logits [B, L, O] float32, and the new batch statistics.
+    """
+    chex.assert_shape(images, (None, spec.image_size, spec.image_size, 3))
+    module = _Controller(spec, lowering=lowering, axis_name=axis_name)
+    policy_logits, updated = module.apply(variables, images.astype(dtype), mutable=["batch_stats"])
+    return policy_logits, updated["batch_stats"]
+
+
+def fold(variables: Variables) -> Folded:
+    """Parameters with every batch norm folded in; see `layers.fold`."""
+    return layers.fold(variables["params"], variables["batch_stats"])
+
+
+def apply_eval(
+    spec: SupernetSpec,
+    folded: Folded,
+    images: jax.Array,
+    *,
+    lowering: convolution.Lowering,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """Evaluation mode: normalised images [B, H, W, 3] to policy_logits [B, L, O] float32."""
+    chex.assert_shape(images, (None, spec.image_size, spec.image_size, 3))
+    x = images.astype(dtype)
+    if spec.controller == "residual_large":
+        x = _average_pool(x, 2)
+        x = layers.conv_bias(x, folded["stem"], kind="dense", stride=2, lowering=lowering)
+        x = _max_pool(x)
+    else:
+        x = layers.conv_bias(x, folded["stem"], kind="dense", lowering=lowering)
+    for index, (channels, stride) in enumerate(_segments(spec)):
+        x = _apply_block(folded[f"segment_{index}"], x, channels, stride, lowering)
+    features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+    logits = features @ folded["logits"]["kernel"] + folded["logits"]["bias"]
+    return logits.reshape(-1, *spec.mask_shape)
+
+
+def _apply_block(
+    folded: Folded, x: jax.Array, channels: int, stride: int, lowering: convolution.Lowering
+) -> jax.Array:
+    y = layers.conv_bias(x, folded["first"], kind="dense", stride=stride, lowering=lowering)
+    y = layers.conv_bias(y, folded["second"], kind="dense", activation="relu6", lowering=lowering)
+    if "shortcut" in folded:
+        x = layers.conv_bias(
+            x,
+            folded["shortcut"],
+            kind="pointwise",
+            stride=stride,
+            activation="none",
+            lowering=lowering,
+        )
+    else:
+        x = _pooled_shortcut(x, channels, stride)
+    return jnp.maximum(x + y, 0.0)

@@ -1,0 +1,219 @@
+"""Where images come from: prepared TFDS folders, scikit-learn's digits, and a synthetic set."""
+
+import dataclasses
+import io
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from instanas_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Images and their classes, in memory."""
+
+    images: np.ndarray  # [N, H, W, 3] uint8
+    labels: np.ndarray  # [N] int32
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A data set that can be read image by image; mean and std are of pixels in [0, 1]."""
+
+    name: str
+    class_names: tuple[str, ...]  # [K]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    train_size: int
+    test_size: int
+    read: Callable[[str, np.ndarray], ImageSet]  # ("train" or "test", indices [N])
+
+
+# Means and deviations of the training images, as customary for the two sets.
+_CIFAR_STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
+NAMES = (*_CIFAR_STATISTICS, "digits", "synthetic")
+
+
+def open_source(name: str, data_dir: str | None = None) -> Source:
+    """The source of that name; InputError if it is unknown, absent or unreadable."""
+    if name in _CIFAR_STATISTICS:
+        return tfds_source(name, data_dir, *_CIFAR_STATISTICS[name])
+    if name == "digits":
+        return digits()
+    if name == "synthetic":
+        return synthetic()
+    raise InputError(f"unknown data set {name!r}; choose one of {', '.join(NAMES)}")
+
+
+def tfds_source(
+    name: str,
+    data_dir: str | None,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> Source:
+    """A TFDS image classification set, prepared in array_record format; TensorFlow is not imported.
+
+    Args:
+      name: the TFDS name; the features must include `image`, all of one size, and `label`.
+      data_dir: folder of prepared sets; by default TFDS_DATA_DIR, else `~/tensorflow_datasets`.
+      mean: per channel, of pixels scaled to [0, 1].
+      std: likewise.
+
+    Raises:
+      InputError: the set is not in the folder, or cannot be read; the latter also while reading.
+    """
+    default_dir = os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
+    folder = pathlib.Path(data_dir or default_dir).expanduser()
+    # TFDS would ask the network about a set it does not find, so look first.
+    if not any((folder / name).glob("*/dataset_info.json")):
+        raise InputError(
+            f"no data set {name} in {folder}; prepare it once with `pip install -r "
+            f"requirements-prepare.txt && tfds build {name} --file_format=array_record`, or name "
+            "the folder that holds it with --data_dir or TFDS_DATA_DIR"
+        )
+    try:
+        # Imported here so that the other sources do without it.
+        import tensorflow_datasets as tfds
+
+        # Any: the declared return type covers every shape the function can return.
+        splits: Any = tfds.data_source(
+            name,
+            data_dir=str(folder),
+            download=False,
+            decoders={"image": tfds.decode.SkipDecoding()},
+        )
+        class_names = tuple(splits["train"].dataset_info.features["label"].names)
+        sizes = {split: len(splits[split]) for split in ("train", "test")}
+    except Exception as error:  # TFDS and its readers raise many types, RuntimeError included
+        raise _unreadable(name, folder, error) from error
+
+    def read(split: str, indices: np.ndarray) -> ImageSet:
+        try:
+            records = splits[split].__getitems__(indices.tolist()) if len(indices) else []
+            # A fifth quicker than decoding inside TFDS; threads do not help further.
+            images = [_decode_png(record["image"]) for record in records]
+            labels = [int(record["label"]) for record in records]
+            return _image_set(images, labels)
+        except Exception as error:
+            raise _unreadable(name, folder, error) from error
+
+    return Source(name, class_names, mean, std, sizes["train"], sizes["test"], read)
+
+
+def digits(*, image_size: int = 32, test_size: int = 450) -> Source:
+    """The 1,797 handwritten digits of 8x8 pixels that scikit-learn carries (UCI, Alpaydin 1998).
+
+    Values 0 to 16 are scaled to 0 to 255, enlarged bilinearly and repeated to three channels.
+    scikit-learn's stratified split with random_state 0 sets `test_size` images apart.
+
+    Args:
+      image_size: side in pixels.
+      test_size: number of test images.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch: Any = load_digits()
+    small = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    large = [
+        np.asarray(
+            Image.fromarray(image).resize((image_size, image_size), Image.Resampling.BILINEAR)
+        )
+        for image in small
+    ]
+    images = np.repeat(np.stack(large)[..., None], 3, axis=-1)
+    labels = bunch.target.astype(np.int32)
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=test_size, stratify=labels, random_state=0
+    )
+    class_names = tuple(str(name) for name in bunch.target_names)
+    return in_memory(
+        "digits",
+        class_names,
+        _take(images, labels, np.asarray(train)),
+        _take(images, labels, np.asarray(test)),
+    )
+
+
+def synthetic(
+    *,
+    train_size: int = 512,
+    test_size: int = 128,
+    image_size: int = 32,
+    num_classes: int = 10,
+    noise: float = 24.0,
+    seed: int = 0,
+) -> Source:
+    """A small learnable set for tests: each class is a smooth colour pattern under noise.
+
+    Args:
+      train_size: number of training images; classes take turns.
+      test_size: number of test images.
+      image_size: side in pixels.
+      num_classes: K.
+      noise: standard deviation of the noise in grey levels of 255.
+      seed: decides patterns and noise.
+    """
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(32, 224, (num_classes, 4, 4, 3), dtype=np.uint8)
+    size = (image_size, image_size)
+    patterns = np.stack(
+        [np.asarray(Image.fromarray(c).resize(size, Image.Resampling.BILINEAR)) for c in coarse]
+    )
+
+    def draw(count: int) -> ImageSet:
+        labels = np.arange(count, dtype=np.int32) % num_classes
+        noisy = patterns[labels] + rng.normal(0, noise, (count, *size, 3))
+        return ImageSet(np.clip(np.round(noisy), 0, 255).astype(np.uint8), labels)
+
+    class_names = tuple(f"class_{index}" for index in range(num_classes))
+    return in_memory("synthetic", class_names, draw(train_size), draw(test_size))
+
+
+def in_memory(name: str, class_names: tuple[str, ...], train: ImageSet, test: ImageSet) -> Source:
+    """A source over arrays; mean and std are measured on all of `train`."""
+    pixels = train.images.reshape(-1, 3) / 255.0
+    mean, std = pixels.mean(axis=0), pixels.std(axis=0)
+    splits = {"train": train, "test": test}
+    return Source(
+        name=name,
+        class_names=class_names,
+        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
+        std=(float(std[0]), float(std[1]), float(std[2])),
+        train_size=len(train),
+        test_size=len(test),
+        read=lambda split, indices: _take(splits[split].images, splits[split].labels, indices),
+    )
+
+
+def _take(images: np.ndarray, labels: np.ndarray, indices: np.ndarray) -> ImageSet:
+    return ImageSet(images[indices], labels[indices])
+
+
+def _image_set(images: list[np.ndarray], labels: list[int]) -> ImageSet:
+    stacked = np.stack(images) if images else np.zeros((0, 0, 0, 3), np.uint8)
+    return ImageSet(stacked, np.array(labels, np.int32))
+
+
+def _decode_png(encoded: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(encoded)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _unreadable(name: str, folder: pathlib.Path, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return InputError(
+        f"data set {name} in {folder} cannot be read ({reason}); delete {folder / name} and "
+        f"prepare it again with `tfds build {name} --file_format=array_record`"
+    )

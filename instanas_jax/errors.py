@@ -1,0 +1,9 @@
+"""The one exception that means the user, not the program, has something to correct."""
+
+
+class InputError(ValueError):
+    """A user's input is wrong.
+
+    The message is one line: what was wrong, with its value, and the remedy. Entry points print it
+    and exit with status 2.
+    """

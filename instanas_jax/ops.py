@@ -1,0 +1,236 @@
+"""The five candidate ops: trained side by side in a cell, run one by one where they are chosen.
+
+The MBConv ops of a cell read the same input, so their expansions lie next to each other on the
+channel axis of one wide layer, and their depthwise kernels in one layer a kernel size: the same
+arithmetic in a third of the kernels, and a third of the time to compile. An op is a range of
+channels there. `Cell` trains, `apply_cell` evaluates under a mask, `apply_op` runs one path.
+
+Source: InstaNAS (arXiv 1811.10201), section 4.1; MBConv is MobileNetV2's inverted bottleneck
+(arXiv 1801.04381, section 3.3).
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from instanas_jax import convolution, layers
+from instanas_jax.layers import ConvBatchNorm, Folded, conv_bias
+from instanas_jax.search_space import CANDIDATE_OPS, CellSpec, OpSpec
+
+ALL_OPS = tuple(range(len(CANDIDATE_OPS)))
+MBCONV_OPS = tuple(index for index in ALL_OPS if not CANDIDATE_OPS[index].is_basic)
+BASIC_OP = next(index for index in ALL_OPS if CANDIDATE_OPS[index].is_basic)
+# `CANDIDATE_OPS` lists ops of one kernel size together, so each size is one range of channels.
+_KERNELS = tuple(
+    (kernel, tuple(group))
+    for kernel, group in itertools.groupby(MBCONV_OPS, lambda op: CANDIDATE_OPS[op].kernel)
+)
+
+
+def _hidden(cell: CellSpec, op: int) -> int:
+    return cell.in_channels * CANDIDATE_OPS[op].expansion
+
+
+def _ranges(cell: CellSpec, ops: tuple[int, ...]) -> dict[int, tuple[int, int]]:
+    """Range of channels (start, stop) of each op where `ops` lie side by side."""
+    stops = list(itertools.accumulate(_hidden(cell, op) for op in ops))
+    starts = [0, *stops[:-1]]
+    return {op: (start, stop) for op, start, stop in zip(ops, starts, stops, strict=True)}
+
+
+def _project_name(op: int) -> str:
+    return f"project_{CANDIDATE_OPS[op].name}"
+
+
+class Cell(nn.Module):
+    """One cell in training mode.
+
+    Attributes:
+      cell: shapes.
+      enabled: ops that may run at all, in order; the others are not computed.
+      lowering, axis_name: see `layers.ConvBatchNorm`.
+    """
+
+    cell: CellSpec
+    enabled: tuple[int, ...]
+    lowering: convolution.Lowering
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, identity: jax.Array) -> jax.Array:
+        """Input [B, S, S, C_in], mask [B, O], identity [B] to [B, S', S', C_out]."""
+        outputs = self._mbconvs(x)
+        if BASIC_OP in self.enabled:
+            outputs[BASIC_OP] = self._basic_conv(x)
+        # Selects rather than multiplies, so that a NaN in an unchosen path stays there.
+        total = _pass_through(self.cell, x, mask, identity)
+        for op, y in outputs.items():
+            total = total + jnp.where(_per_image(mask[:, op]) > 0.5, y, 0.0)
+        return total
+
+    def _common(self) -> dict:
+        return {"lowering": self.lowering, "axis_name": self.axis_name}
+
+    def _mbconvs(self, x: jax.Array) -> dict[int, jax.Array]:
+        """The enabled MBConv ops' outputs, without their residual."""
+        cell, enabled = self.cell, [op for op in MBCONV_OPS if op in self.enabled]
+        if not enabled:
+            return {}
+        all_ranges = _ranges(cell, MBCONV_OPS)
+        kept = tuple(all_ranges[op] for op in enabled)
+        width = all_ranges[MBCONV_OPS[-1]][1]
+        hidden = ConvBatchNorm("pointwise", width, kept=kept, name="expand", **self._common())(x)
+        hidden_ranges = _ranges(cell, tuple(enabled))
+
+        outputs = {}
+        for kernel, group in _KERNELS:
+            running = tuple(op for op in group if op in enabled)
+            if not running:
+                continue
+            group_ranges = _ranges(cell, group)
+            first, last = hidden_ranges[running[0]][0], hidden_ranges[running[-1]][1]
+            y = ConvBatchNorm(
+                "depthwise",
+                group_ranges[group[-1]][1],
+                kernel,
+                cell.stride,
+                kept=tuple(group_ranges[op] for op in running),
+                name=f"depthwise_k{kernel}",
+                **self._common(),
+            )(hidden[..., first:last])
+            for op in running:
+                start, stop = hidden_ranges[op]
+                outputs[op] = ConvBatchNorm(
+                    "pointwise",
+                    cell.out_channels,
+                    activation="none",
+                    name=_project_name(op),
+                    **self._common(),
+                )(y[..., start - first : stop - first])
+        return outputs
+
+    def _basic_conv(self, x: jax.Array) -> jax.Array:
+        """Two 3x3 convolutions, the first with the cell's stride; ReLU, then ReLU6."""
+        channels = self.cell.out_channels
+        y = ConvBatchNorm(
+            "dense", channels, 3, self.cell.stride, name="basic_first", **self._common()
+        )(x)
+        return ConvBatchNorm(
+            "dense", channels, 3, activation="relu6", name="basic_second", **self._common()
+        )(y)
+
+
+def _per_image(values: jax.Array) -> jax.Array:
+    return values[:, None, None, None]
+
+
+def _pass_through(
+    cell: CellSpec, x: jax.Array, mask: jax.Array, identity: jax.Array
+) -> jax.Array | float:
+    """What the cell's output holds of its input: once for each active MBConv op with a residual,
+    or once where the cell is empty."""
+    if cell.has_residual:
+        copies = identity + jnp.sum(mask[:, list(MBCONV_OPS)], axis=-1)
+    elif not cell.forces_op:
+        copies = identity
+    else:
+        return 0.0
+    return x * _per_image(copies).astype(x.dtype)
+
+
+def apply_cell(
+    cell: CellSpec,
+    folded: Folded,
+    x: jax.Array,
+    mask: jax.Array,
+    identity: jax.Array,
+    *,
+    lowering: convolution.Lowering,
+) -> jax.Array:
+    """One cell in evaluation mode, every path computed.
+
+    An MBConv path is switched off by zeroing its hidden channels, so one product over all of
+    them projects and sums the active paths.
+
+    Args:
+      folded: what `layers.fold` made of this cell's parameters.
+      x: [B, S, S, C_in].
+      mask: [B, O], the empty-cell rule applied.
+      identity: [B], 1 where the cell is passed through.
+
+    Returns:
+      [B, S', S', C_out].
+    """
+    hidden = conv_bias(x, folded["expand"], kind="pointwise", lowering=lowering)
+    ranges = _ranges(cell, MBCONV_OPS)
+    blocks = []
+    for kernel, group in _KERNELS:
+        start, stop = ranges[group[0]][0], ranges[group[-1]][1]
+        block = conv_bias(
+            hidden[..., start:stop],
+            folded[f"depthwise_k{kernel}"],
+            kind="depthwise",
+            stride=cell.stride,
+            lowering=lowering,
+        )
+        widths = jnp.array([_hidden(cell, op) for op in group])
+        on = jnp.repeat(mask[:, list(group)], widths, axis=1, total_repeat_length=stop - start)
+        blocks.append(jnp.where(on[:, None, None, :] > 0.5, block, 0.0))
+    projections = [folded[_project_name(op)] for op in MBCONV_OPS]
+    kernel = jnp.concatenate([projection["kernel"] for projection in projections], axis=0)
+    biases = mask[:, list(MBCONV_OPS)] @ jnp.stack([each["bias"] for each in projections])
+    summed = convolution.pointwise(
+        jnp.concatenate(blocks, axis=-1), kernel.astype(x.dtype), lowering=lowering
+    )
+    basic = apply_op(
+        cell,
+        CANDIDATE_OPS[BASIC_OP],
+        op_weights(cell, folded, BASIC_OP),
+        x,
+        lowering=lowering,
+    )
+    return (
+        summed
+        + biases[:, None, None, :].astype(x.dtype)
+        + jnp.where(_per_image(mask[:, BASIC_OP]) > 0.5, basic, 0.0)
+        + _pass_through(cell, x, mask, identity)
+    )
+
+
+def op_weights(cell: CellSpec, folded: Folded, op: int) -> Folded:
+    """One path's own folded weights, cut out of its cell's: what `apply_op` runs."""
+    if op == BASIC_OP:
+        return {"first": folded["basic_first"], "second": folded["basic_second"]}
+    kernel, group = next(pair for pair in _KERNELS if op in pair[1])
+    return {
+        "expand": _cut(folded["expand"], _ranges(cell, MBCONV_OPS)[op]),
+        "depthwise": _cut(folded[f"depthwise_k{kernel}"], _ranges(cell, group)[op]),
+        "project": folded[_project_name(op)],
+    }
+
+
+def _cut(folded: Folded, channels: tuple[int, int]) -> Folded:
+    return {name: layers.keep(array, (channels,)) for name, array in folded.items()}
+
+
+def apply_op(
+    cell: CellSpec, op: OpSpec, weights: Folded, x: jax.Array, *, lowering: convolution.Lowering
+) -> jax.Array:
+    """One path in evaluation mode, its residual included.
+
+    Args:
+      weights: `op_weights` of this path.
+      x: [B, S, S, C_in].
+
+    Returns:
+      [B, S', S', C_out].
+    """
+    if op.is_basic:
+        y = conv_bias(x, weights["first"], kind="dense", stride=cell.stride, lowering=lowering)
+        return conv_bias(y, weights["second"], kind="dense", activation="relu6", lowering=lowering)
+    y = conv_bias(x, weights["expand"], kind="pointwise", lowering=lowering)
+    y = conv_bias(y, weights["depthwise"], kind="depthwise", stride=cell.stride, lowering=lowering)
+    y = conv_bias(y, weights["project"], kind="pointwise", activation="none", lowering=lowering)
+    return x + y if cell.has_residual else y

@@ -1,0 +1,133 @@
+"""The Bernoulli policy over path masks, and the empty-cell rule.
+
+Everything here is a pure function of arrays. `B` images, `L` cells, `O` ops.
+Source: InstaNAS (arXiv 1811.10201), section 3.3.
+"""
+
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instanas_jax.errors import InputError
+from instanas_jax.search_space import FORCED_OP, NUM_OPS
+
+EntropyKind = Literal["one_sided", "binary"]
+
+
+def log_probabilities(policy_logits: jax.Array, *, bounding: float) -> tuple[jax.Array, jax.Array]:
+    """Logarithms of p' and 1 - p', where p' = a p + (1 - a)(1 - p) and p = sigmoid(logit).
+
+    Bounding keeps exploring: with a = 0.8, p' stays in [0.2, 0.8]. Worked in log space so that
+    a = 1 (no bounding) has finite values and gradients for any finite logit.
+
+    Args:
+      policy_logits: [..., L, O].
+      bounding: the paper's alpha, in [0.5, 1].
+
+    Returns:
+      Two arrays [..., L, O].
+    """
+    log_on = jax.nn.log_sigmoid(policy_logits)
+    log_off = jax.nn.log_sigmoid(-policy_logits)
+    log_keep = np.log(bounding)
+    log_swap = np.log1p(-bounding) if bounding < 1.0 else -np.inf
+    log_p = jnp.logaddexp(log_keep + log_on, log_swap + log_off)
+    log_q = jnp.logaddexp(log_keep + log_off, log_swap + log_on)
+    return log_p, log_q
+
+
+def sample(keys: jax.Array, policy_logits: jax.Array, *, bounding: float) -> jax.Array:
+    """One mask an image, Bernoulli(p') for every path.
+
+    Args:
+      keys: typed keys [B], one an image, so that a draw does not depend on the batch's other
+        images or on how many devices share the batch.
+      policy_logits: [B, L, O].
+      bounding: see `log_probabilities`.
+
+    Returns:
+      Mask [B, L, O], float32 of 0 and 1.
+    """
+    chex.assert_rank(policy_logits, 3)
+    log_p, _ = log_probabilities(policy_logits, bounding=bounding)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, policy_logits.shape[1:]))(keys)
+    return (uniform < jnp.exp(log_p)).astype(jnp.float32)
+
+
+def greedy(policy_logits: jax.Array) -> jax.Array:
+    """The mask of test time: a path is on where sigmoid(logit) >= 0.5. Shapes as given."""
+    return (policy_logits >= 0.0).astype(jnp.float32)
+
+
+def random_masks(keys: jax.Array, shape: tuple[int, int], keep: jax.Array | float) -> jax.Array:
+    """Path dropout: one Bernoulli(keep) for each image, cell and op; [B, L, O] float32."""
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, shape))(keys)
+    return (uniform < keep).astype(jnp.float32)
+
+
+def log_prob(mask: jax.Array, policy_logits: jax.Array, *, bounding: float) -> jax.Array:
+    """Log probability of each image's mask [B, L, O] under the bounded policy; [B], nats."""
+    chex.assert_equal_shape([mask, policy_logits])
+    log_p, log_q = log_probabilities(policy_logits, bounding=bounding)
+    return jnp.sum(jnp.where(mask > 0.5, log_p, log_q), axis=(-2, -1))
+
+
+def entropy(
+    policy_logits: jax.Array, *, bounding: float, kind: EntropyKind = "binary"
+) -> jax.Array:
+    """Entropy of the bounded policy summed over cells and ops; [B], nats.
+
+    Args:
+      policy_logits: [B, L, O].
+      bounding: see `log_probabilities`.
+      kind: `binary` is -p' log p' - (1 - p') log(1 - p'); `one_sided` keeps the first term
+        alone, as the authors' program does.
+    """
+    log_p, log_q = log_probabilities(policy_logits, bounding=bounding)
+    terms = -jnp.exp(log_p) * log_p
+    if kind == "binary":
+        # exp(x) * x -> 0 as x -> -inf, but 0 * -inf is NaN; logits are finite, so is log_q.
+        terms = terms - jnp.exp(log_q) * log_q
+    return jnp.sum(terms, axis=(-2, -1))
+
+
+def resolve_empty_cells(mask: jax.Array, forced_cells: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """The empty-cell rule: what really runs where a cell's five paths are all off.
+
+    In the first cell of a group `FORCED_OP` is switched on, because the shape may change there;
+    in every other cell the image passes through unchanged.
+
+    Args:
+      mask: [..., L, O] of 0 and 1.
+      forced_cells: bool [L], `SupernetSpec.forced_cells`.
+
+    Returns:
+      The mask that runs [..., L, O], and identity [..., L], 1 where the cell is passed through.
+    """
+    chex.assert_axis_dimension(mask, -1, NUM_OPS)
+    empty = jnp.all(mask < 0.5, axis=-1)
+    forced = jnp.asarray(forced_cells)
+    forced_path = jax.nn.one_hot(FORCED_OP, NUM_OPS, dtype=mask.dtype)
+    resolved = mask + (empty & forced)[..., None] * forced_path
+    return resolved, (empty & ~forced).astype(mask.dtype)
+
+
+def validate_mask(mask: np.ndarray, mask_shape: tuple[int, int]) -> np.ndarray:
+    """Checks masks [L, O] or [B, L, O] that come from outside; returns them as float32.
+
+    Raises:
+      InputError: the shape is another or a value is neither 0 nor 1.
+    """
+    array = np.asarray(mask)
+    if array.ndim not in (2, 3) or array.shape[-2:] != tuple(mask_shape):
+        wanted = f"[{mask_shape[0]}, {mask_shape[1]}]"
+        raise InputError(
+            f"mask of shape {list(array.shape)}: this supernet needs {wanted} or [B, ...] of it"
+        )
+    wrong = array[(array != 0) & (array != 1)]
+    if wrong.size:
+        raise InputError(f"mask holds {wrong.flat[0]!r}: every entry must be 0 (off) or 1 (on)")
+    return array.astype(np.float32)

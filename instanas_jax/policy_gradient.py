@@ -1,0 +1,50 @@
+"""REINFORCE with a self-critical baseline.
+
+Source: InstaNAS (arXiv 1811.10201), section 3.3; self-critical sequence training
+(arXiv 1612.00563), equation 7.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from instanas_jax import policy
+
+
+def self_critical_advantage(sampled_reward: jax.Array, greedy_reward: jax.Array) -> jax.Array:
+    """Reward of the sampled mask over the greedy mask's for the same image; [B].
+
+    The greedy answer is the baseline, so a sample is reinforced only where it beats what test
+    time would have done.
+    """
+    chex.assert_equal_shape([sampled_reward, greedy_reward])
+    return sampled_reward - greedy_reward
+
+
+def reinforce_loss(
+    policy_logits: jax.Array,
+    mask: jax.Array,
+    advantage: jax.Array,
+    *,
+    bounding: float,
+    entropy_weight: float,
+    entropy_kind: policy.EntropyKind = "one_sided",
+) -> jax.Array:
+    """Mean over images of -advantage * log pi(mask) - entropy_weight * H(pi).
+
+    Args:
+      policy_logits: [B, L, O].
+      mask: [B, L, O], the sampled mask.
+      advantage: [B]; no gradient flows through it.
+      bounding: the paper's alpha.
+      entropy_weight: the paper's beta.
+      entropy_kind: see `policy.entropy`. Differs from the paper: `one_sided`, the authors'
+        program's entropy, is the default.
+
+    Returns:
+      Scalar.
+    """
+    chex.assert_rank([policy_logits, mask, advantage], [3, 3, 1])
+    log_prob = policy.log_prob(mask, policy_logits, bounding=bounding)
+    entropy = policy.entropy(policy_logits, bounding=bounding, kind=entropy_kind)
+    return jnp.mean(-jax.lax.stop_gradient(advantage) * log_prob - entropy_weight * entropy)

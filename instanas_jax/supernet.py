@@ -1,0 +1,182 @@
+"""The weight-sharing supernet under a path mask: pure functions over a Flax module.
+
+  variables = init(key, spec)
+  class_logits, batch_stats = apply_train(spec, variables, images, mask, ...)
+  class_logits = apply_eval(spec, fold(variables), images, mask, ...)
+
+Source: InstaNAS (arXiv 1811.10201), sections 3.2 and 4.1.
+"""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from instanas_jax import convolution, layers, ops, policy
+from instanas_jax.layers import ConvBatchNorm, Folded
+from instanas_jax.search_space import SupernetSpec
+
+Variables = dict[str, Any]
+
+
+def cell_name(index: int) -> str:
+    """Name of a cell's parameters."""
+    return f"cell_{index:02d}"
+
+
+class _Supernet(nn.Module):
+    spec: SupernetSpec
+    enabled: tuple[tuple[int, ...], ...]  # For each cell, the ops that may run at all.
+    lowering: convolution.Lowering
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, mask: jax.Array, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        spec = self.spec
+        common = {"lowering": self.lowering, "axis_name": self.axis_name}
+        resolved, identity = policy.resolve_empty_cells(mask, spec.forced_cells)
+        x = ConvBatchNorm("dense", spec.stem_channels, 3, spec.stem_stride, name="stem", **common)(
+            images
+        )
+        for index, cell in enumerate(spec.cells):
+            module = ops.Cell(cell, self.enabled[index], name=cell_name(index), **common)
+            x = module(x, resolved[:, index], identity[:, index])
+        x = ConvBatchNorm("pointwise", spec.head_channels, name="head", **common)(x)
+        features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+        if spec.head_dropout > 0.0 and dropout_key is not None:
+            features = nn.Dropout(spec.head_dropout, deterministic=False)(features, rng=dropout_key)
+        return nn.Dense(spec.num_classes, name="classifier")(features)
+
+
+def _all_enabled(spec: SupernetSpec) -> tuple[tuple[int, ...], ...]:
+    return (ops.ALL_OPS,) * spec.num_cells
+
+
+def _enabled_by(spec: SupernetSpec, architecture: np.ndarray | None) -> tuple[tuple[int, ...], ...]:
+    if architecture is None:
+        return _all_enabled(spec)
+    with jax.ensure_compile_time_eval():
+        resolved, _ = policy.resolve_empty_cells(jnp.asarray(architecture), spec.forced_cells)
+        return tuple(tuple(np.flatnonzero(row).tolist()) for row in np.asarray(resolved))
+
+
+def init(key: jax.Array, spec: SupernetSpec) -> Variables:
+    """Fresh {"params", "batch_stats"} of all paths, float32."""
+    module = _Supernet(spec, _all_enabled(spec), lowering="native", axis_name=None)
+    images = jax.ShapeDtypeStruct((1, spec.image_size, spec.image_size, 3), jnp.float32)
+    mask = jax.ShapeDtypeStruct((1, *spec.mask_shape), jnp.float32)
+    shapes = jax.eval_shape(lambda *inputs: module.init(key, *inputs, None), images, mask)
+    return layers.initialise(key, shapes)
+
+
+def apply_train(
+    spec: SupernetSpec,
+    variables: Variables,
+    images: jax.Array,
+    mask: jax.Array,
+    *,
+    dropout_key: jax.Array | None = None,
+    lowering: convolution.Lowering,
+    dtype: Any = jnp.float32,
+    axis_name: str | None = None,
+    static_architecture: np.ndarray | None = None,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Training mode: every path runs on the whole batch, and so do its batch statistics.
+
+    Args:
+      variables: {"params", "batch_stats"}.
+      images: normalised [B, H, W, 3].
+      mask: [B, L, O].
+      dropout_key: needed only where the spec has dropout before the classifier.
+      dtype: of activations; parameters, statistics and logits are float32.
+      axis_name: the device axis that shares the global batch, if any.
+      static_architecture: [L, O], when every image's mask is this one: paths it leaves off are
+        not computed, and their statistics stay as they are.
+
+    Returns:
+      class_logits [B, K] float32, and the new batch statistics.
+    """
+    _check_shapes(spec, images, mask)
+    enabled = _enabled_by(spec, static_architecture)
+    module = _Supernet(spec, enabled, lowering=lowering, axis_name=axis_name)
+    class_logits, updated = module.apply(
+        variables, images.astype(dtype), mask, dropout_key, mutable=["batch_stats"]
+    )
+    return class_logits, _merge(variables["batch_stats"], updated["batch_stats"])
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`old` with the leaves that `new` has replaced."""
+    return {
+        name: (_merge(child, new[name]) if isinstance(child, dict) else new[name])
+        if name in new
+        else child
+        for name, child in old.items()
+    }
+
+
+def fold(variables: Variables) -> Folded:
+    """Parameters with every batch norm folded in; see `layers.fold`."""
+    return layers.fold(variables["params"], variables["batch_stats"])
+
+
+def apply_stem(
+    spec: SupernetSpec, folded: Folded, images: jax.Array, *, lowering: convolution.Lowering
+) -> jax.Array:
+    """Stem in evaluation mode: images [B, H, W, 3] to [B, S, S, stem_channels]."""
+    return layers.conv_bias(
+        images, folded["stem"], kind="dense", stride=spec.stem_stride, lowering=lowering
+    )
+
+
+def apply_head(folded: Folded, x: jax.Array, *, lowering: convolution.Lowering) -> jax.Array:
+    """Head in evaluation mode: [B, S, S, C] to class_logits [B, K] float32."""
+    x = layers.conv_bias(x, folded["head"], kind="pointwise", lowering=lowering)
+    features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+    return features @ folded["classifier"]["kernel"] + folded["classifier"]["bias"]
+
+
+def apply_eval(
+    spec: SupernetSpec,
+    folded: Folded,
+    images: jax.Array,
+    mask: jax.Array,
+    *,
+    lowering: convolution.Lowering,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """Evaluation mode: running statistics, every path computed, the mask selects.
+
+    Each image's answer is independent of the others' pixels and masks.
+
+    Args:
+      folded: `fold(variables)`.
+      images: normalised [B, H, W, 3].
+      mask: [B, L, O].
+
+    Returns:
+      class_logits [B, K] float32.
+    """
+    _check_shapes(spec, images, mask)
+    resolved, identity = policy.resolve_empty_cells(mask, spec.forced_cells)
+    x = apply_stem(spec, folded, images.astype(dtype), lowering=lowering)
+    for index, cell in enumerate(spec.cells):
+        x = ops.apply_cell(
+            cell,
+            folded[cell_name(index)],
+            x,
+            resolved[:, index],
+            identity[:, index],
+            lowering=lowering,
+        )
+    return apply_head(folded, x, lowering=lowering)
+
+
+def _check_shapes(spec: SupernetSpec, images: jax.Array, mask: jax.Array) -> None:
+    chex.assert_shape(images, (None, spec.image_size, spec.image_size, 3))
+    chex.assert_shape(mask, (images.shape[0], *spec.mask_shape))

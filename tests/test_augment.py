@@ -1,0 +1,133 @@
+"""Augmentation against an image-by-image numpy model and hand-worked values."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from instanas_jax import augment
+from instanas_jax.augment import Augmentation
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.1)
+PLAIN = dict(mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))  # leaves pixel values alone
+
+
+def random_images(count: int, height: int = 8, width: int = 8) -> np.ndarray:
+    # From 1 on, so that a zero can only come from padding.
+    return np.random.default_rng(0).integers(1, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+def keys(count: int, seed: int = 0) -> jax.Array:
+    return augment.image_keys(jax.random.key(seed), 0, count)
+
+
+def crops(image: np.ndarray, pad: int, flip: bool) -> dict[tuple[int, int, bool], np.ndarray]:
+    """Every crop (and mirrored crop) that padding by `pad` allows."""
+    height, width = image.shape[:2]
+    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+    found = {}
+    for top in range(2 * pad + 1):
+        for left in range(2 * pad + 1):
+            window = padded[top : top + height, left : left + width]
+            found[top, left, False] = window
+            if flip:
+                found[top, left, True] = window[:, ::-1]
+    return found
+
+
+def test_normalise_by_hand():
+    # Raw 255 is 1.0: (1 - 0.5)/0.25 = 2, (1 - 0.4)/0.2 = 3, (1 - 0.3)/0.1 = 7; raw 0: -2, -2, -3.
+    images = np.array([[[[255, 255, 255], [0, 0, 0]]]], np.uint8)
+    result = augment.normalise(images, mean=MEAN, std=STD)
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result[0, 0], [[2, 3, 7], [-2, -2, -3]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 9)])
+def test_pad_crop_and_flip_give_every_window_and_nothing_else(shape: tuple[int, int]):
+    count, pad = 400, 1
+    image = random_images(1, *shape)[0]
+    result = augment.augment_and_normalise(
+        keys(count),
+        np.broadcast_to(image, (count, *image.shape)),
+        augmentation=Augmentation(pad=pad, flip=True),
+        **PLAIN,
+    )
+    named = {window.tobytes(): name for name, window in crops(image, pad, flip=True).items()}
+    seen = [named[np.round(np.asarray(r)).astype(np.uint8).tobytes()] for r in result]
+    # 18 windows, 400 draws: each is expected 22 times, and missing one has odds under 1e-8.
+    assert len(set(seen)) == 18
+    assert 150 < sum(mirrored for _, _, mirrored in seen) < 250
+
+
+def test_padding_is_black_and_cutout_is_the_mean_colour():
+    count = 64
+    white = np.full((count, 8, 8, 3), 255, np.uint8)
+    run = functools.partial(augment.augment_and_normalise, keys(count), white, mean=MEAN, std=STD)
+    padded = np.asarray(run(augmentation=Augmentation(pad=2)))
+    cut = np.asarray(run(augmentation=Augmentation(cutout=4)))
+    # As in the test of normalise: white is 2, black is -2 in the first channel.
+    assert set(np.unique(padded[..., 0].round(4))) == {-2.0, 2.0}
+    assert set(np.unique(cut[..., 0].round(4))) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("side", [1, 3, 4])
+def test_cutout_is_a_square_clipped_at_the_borders(side: int):
+    count, size = 600, 6
+    result = np.asarray(
+        augment.augment_and_normalise(
+            keys(count),
+            random_images(count, size, size),
+            augmentation=Augmentation(cutout=side),
+            **PLAIN,
+        )
+    )
+    possible = set()
+    for y in range(size):
+        for x in range(size):
+            mask = np.zeros((size, size), bool)
+            top, left = y - side // 2, x - side // 2
+            mask[max(top, 0) : top + side, max(left, 0) : left + side] = True
+            possible.add(mask.tobytes())
+    assert {(image == 0).all(axis=-1).tobytes() for image in result} == possible
+
+
+def test_draws_of_one_setting_do_not_disturb_another():
+    images = random_images(16)
+    run = functools.partial(augment.augment_and_normalise, keys(16), images, **PLAIN)
+    without = np.asarray(run(augmentation=Augmentation(pad=2, flip=True)))
+    with_cutout = np.asarray(run(augmentation=Augmentation(pad=2, flip=True, cutout=3)))
+    cut = (with_cutout == 0).all(axis=-1, keepdims=True)
+    np.testing.assert_array_equal(with_cutout, np.where(cut, 0, without))
+
+
+@pytest.mark.parametrize("augmentation", [augment.NONE, augment.DIGITS, augment.CIFAR])
+def test_an_image_ignores_its_neighbours_and_the_number_of_devices(augmentation: Augmentation):
+    images, key = random_images(12, 32, 32), jax.random.key(7)
+    run = jax.jit(
+        functools.partial(
+            augment.augment_and_normalise, augmentation=augmentation, mean=MEAN, std=STD
+        )
+    )
+    whole = run(augment.image_keys(key, 100, 12), images)
+    halves = [
+        run(augment.image_keys(key, 100 + first, 6), images[first : first + 6]) for first in (0, 6)
+    ]
+    np.testing.assert_array_equal(whole, np.concatenate(halves))
+
+
+def test_image_keys_are_distinct_and_take_a_traced_index():
+    make = jax.jit(lambda first: augment.image_keys(jax.random.key(0), first, 3))
+    traced, direct = make(40), augment.image_keys(jax.random.key(0), 38, 5)
+    np.testing.assert_array_equal(jax.random.key_data(traced), jax.random.key_data(direct[2:]))
+    assert len(np.unique(jax.random.key_data(direct), axis=0)) == 5
+
+
+def test_none_changes_nothing_but_the_scale():
+    images = random_images(3)
+    result = augment.augment_and_normalise(
+        keys(3), images, augmentation=augment.NONE, mean=MEAN, std=STD
+    )
+    np.testing.assert_array_equal(result, augment.normalise(images, mean=MEAN, std=STD))
