@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from instanas_jax import convolution, layers
 from instanas_jax.layers import ConvBatchNorm, Folded
-from instanas_jax.search_space import SupernetSpec
+from instanas_jax.search_space import Cost, SupernetSpec, conv_cost
 
 Variables = dict[str, Any]
 
@@ -25,6 +25,27 @@ def _segments(spec: SupernetSpec) -> tuple[tuple[int, int], ...]:
     width = spec.controller_channels
     small = ((width, 1), (2 * width, 2), (4 * width, 2))
     return small if spec.controller == "residual_small" else (*small, (8 * width, 2))
+
+
+def cost(spec: SupernetSpec) -> Cost:
+    """FLOPs of one image and trainable parameters."""
+    size, channels = spec.image_size, spec.controller_channels
+    if spec.controller == "residual_large":
+        size = (spec.image_size // 2 + 1) // 2
+        total = conv_cost(size, 7, 3, channels)
+        size = (size + 1) // 2
+    else:
+        total = conv_cost(size, 3, 3, channels)
+    for out_channels, stride in _segments(spec):
+        projects = _projects(spec, channels, out_channels, stride)
+        size = (size - 1) // stride + 1
+        total += conv_cost(size, 3, channels, out_channels)
+        total += conv_cost(size, 3, out_channels, out_channels)
+        if projects:
+            total += conv_cost(size, 1, channels, out_channels)
+        channels = out_channels
+    outputs = spec.num_cells * spec.mask_shape[1]
+    return total + Cost(2 * channels * outputs, channels * outputs + outputs)
 
 
 class _Block(nn.Module):
@@ -63,7 +84,7 @@ def _average_pool(x: jax.Array, size: int) -> jax.Array:
 
 
 def _max_pool(x: jax.Array) -> jax.Array:
-    return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore
 
 
 def _projects(spec: SupernetSpec, in_channels: int, channels: int, stride: int) -> bool:
@@ -118,7 +139,7 @@ def apply_train(
     chex.assert_shape(images, (None, spec.image_size, spec.image_size, 3))
     module = _Controller(spec, lowering=lowering, axis_name=axis_name)
     policy_logits, updated = module.apply(variables, images.astype(dtype), mutable=["batch_stats"])
-    return policy_logits, updated["batch_stats"]
+    return policy_logits, dict(updated["batch_stats"])
 
 
 def fold(variables: Variables) -> Folded:

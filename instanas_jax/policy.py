@@ -94,7 +94,9 @@ def entropy(
     return jnp.sum(terms, axis=(-2, -1))
 
 
-def resolve_empty_cells(mask: jax.Array, forced_cells: np.ndarray) -> tuple[jax.Array, jax.Array]:
+def resolve_empty_cells(
+    mask: jax.Array | np.ndarray, forced_cells: np.ndarray
+) -> tuple[jax.Array, jax.Array]:
     """The empty-cell rule: what really runs where a cell's five paths are all off.
 
     In the first cell of a group `FORCED_OP` is switched on, because the shape may change there;
@@ -108,6 +110,7 @@ def resolve_empty_cells(mask: jax.Array, forced_cells: np.ndarray) -> tuple[jax.
       The mask that runs [..., L, O], and identity [..., L], 1 where the cell is passed through.
     """
     chex.assert_axis_dimension(mask, -1, NUM_OPS)
+    mask = jnp.asarray(mask)
     empty = jnp.all(mask < 0.5, axis=-1)
     forced = jnp.asarray(forced_cells)
     forced_path = jax.nn.one_hot(FORCED_OP, NUM_OPS, dtype=mask.dtype)

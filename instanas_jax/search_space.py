@@ -234,7 +234,8 @@ class Cost:
         return Cost(self.flops + other.flops, self.params + other.params)
 
 
-def _conv_cost(out_size: int, kernel: int, in_per_group: int, out_channels: int) -> Cost:
+def conv_cost(out_size: int, kernel: int, in_per_group: int, out_channels: int) -> Cost:
+    """Cost of one convolution and of the batch norm after it, two parameters a channel."""
     weights = kernel * kernel * in_per_group * out_channels
     return Cost(2 * weights * out_size * out_size, weights + 2 * out_channels)
 
@@ -243,14 +244,14 @@ def op_cost(cell: CellSpec, op: OpSpec) -> Cost:
     """Cost of one path, its batch norms' two parameters a channel included."""
     out = cell.out_size
     if op.is_basic:
-        return _conv_cost(out, 3, cell.in_channels, cell.out_channels) + _conv_cost(
+        return conv_cost(out, 3, cell.in_channels, cell.out_channels) + conv_cost(
             out, 3, cell.out_channels, cell.out_channels
         )
     hidden = cell.in_channels * op.expansion
     return (
-        _conv_cost(cell.in_size, 1, cell.in_channels, hidden)
-        + _conv_cost(out, op.kernel, 1, hidden)
-        + _conv_cost(out, 1, hidden, cell.out_channels)
+        conv_cost(cell.in_size, 1, cell.in_channels, hidden)
+        + conv_cost(out, op.kernel, 1, hidden)
+        + conv_cost(out, 1, hidden, cell.out_channels)
     )
 
 
@@ -260,8 +261,8 @@ def fixed_cost(spec: SupernetSpec) -> Cost:
     stem_size = spec.cells[0].in_size
     linear = spec.head_channels * spec.num_classes
     return (
-        _conv_cost(stem_size, 3, 3, spec.stem_channels)
-        + _conv_cost(last.out_size, 1, last.out_channels, spec.head_channels)
+        conv_cost(stem_size, 3, 3, spec.stem_channels)
+        + conv_cost(last.out_size, 1, last.out_channels, spec.head_channels)
         + Cost(2 * linear, linear + spec.num_classes)
     )
 

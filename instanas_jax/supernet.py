@@ -107,7 +107,7 @@ def apply_train(
     class_logits, updated = module.apply(
         variables, images.astype(dtype), mask, dropout_key, mutable=["batch_stats"]
     )
-    return class_logits, _merge(variables["batch_stats"], updated["batch_stats"])
+    return class_logits, _merge(variables["batch_stats"], dict(updated["batch_stats"]))
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from instanas_jax import augment
 from instanas_jax.augment import Augmentation
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.1)
-PLAIN = dict(mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))  # leaves pixel values alone
+PLAIN = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}  # leaves pixel values alone
 
 
 def random_images(count: int, height: int = 8, width: int = 8) -> np.ndarray:

@@ -90,7 +90,7 @@ class TestBundledSources:
         assert np.mean(nearest == dataset.test.labels) > 0.95
 
     def test_synthetic_is_deterministic_and_sized_as_asked(self):
-        kwargs = dict(train_size=10, test_size=4, image_size=8, num_classes=3)
+        kwargs = {"train_size": 10, "test_size": 4, "image_size": 8, "num_classes": 3}
         first, again, other = (
             data_sources.synthetic(**kwargs, seed=seed).read("train", np.arange(10))
             for seed in (5, 5, 6)

@@ -1,0 +1,13 @@
+"""InstaNAS on CIFAR-10.
+
+python -m experiments.cifar10 --flagfile=experiments/flagfiles/cifar10.flags
+"""
+
+from experiments import run
+from experiments.config import Config
+from instanas_jax import augment
+
+DEFAULTS = Config("cifar10")
+
+if __name__ == "__main__":
+    run.main(DEFAULTS, augment.CIFAR)

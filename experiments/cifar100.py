@@ -1,0 +1,13 @@
+"""InstaNAS on CIFAR-100.
+
+python -m experiments.cifar100 --flagfile=experiments/flagfiles/cifar100.flags
+"""
+
+from experiments import run
+from experiments.config import Config
+from instanas_jax import augment
+
+DEFAULTS = Config("cifar100")
+
+if __name__ == "__main__":
+    run.main(DEFAULTS, augment.CIFAR)

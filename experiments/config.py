@@ -1,0 +1,174 @@
+"""Everything a run can be told, as frozen dataclasses; each field is a command-line flag.
+
+A field's metadata carries the flag's help and its allowed range, so that a setting is declared,
+documented and checked in one place.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from instanas_jax.errors import InputError
+from instanas_jax.optimizers import SCHEDULE_KINDS
+from instanas_jax.search_space import CANDIDATE_OPS, PRESETS, op_index
+
+
+def setting(
+    default: Any,
+    help_text: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A dataclass field that is also a flag."""
+    metadata = {"help": help_text, "minimum": minimum, "maximum": maximum, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    data_dir: str = setting(
+        "", "Folder of prepared TFDS data sets; empty: TFDS_DATA_DIR or TFDS's own default."
+    )
+    validation_size: int = setting(
+        5000, "Images cut from the training split for validation.", minimum=1
+    )
+    train_limit: int = setting(0, "Use at most this many training images; 0: all.", minimum=0)
+    test_limit: int = setting(0, "Use at most this many test images; 0: all.", minimum=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    preset: str = setting("px32", "Supernet preset.", choices=PRESETS)
+    width: float = setting(1.0, "Width multiplier of the supernet.", minimum=0.1, maximum=4.0)
+    stem_stride: int = setting(
+        0, "Stride of the stem in pixels; 0: the preset's.", minimum=0, maximum=2
+    )
+    dtype: str = setting("float32", "Type of activations.", choices=("float32", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    epochs: float = setting(200.0, "Passes over the training images.", minimum=0.0)
+    batch_size: int = setting(64, "Images an update, over all devices.", minimum=1)
+    learning_rate: float = setting(0.1, "Peak rate of SGD with momentum 0.9.", minimum=0.0)
+    schedule: str = setting("step", "Learning-rate schedule.", choices=SCHEDULE_KINDS)
+    weight_decay: float = setting(1e-4, "L2 penalty.", minimum=0.0)
+    final_keep: float = setting(
+        0.5,
+        "Path dropout: probability that a path is on at the end; 1 for the first half.",
+        minimum=0.05,
+        maximum=1.0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    epochs: float = setting(500.0, "Passes over the images, both phases together.", minimum=0.0)
+    batch_size: int = setting(32, "Images an update, over all devices.", minimum=1)
+    alternation: str = setting(
+        "epoch", "Controller and supernet take turns by epoch or batch.", choices=("epoch", "batch")
+    )
+    controller_learning_rate: float = setting(5e-4, "Rate of Adam.", minimum=0.0)
+    controller_decay_epochs: float = setting(
+        100.0, "Controller's rate falls to a tenth after this many epochs; 0: never.", minimum=0.0
+    )
+    supernet_learning_rate: float = setting(5e-4, "Rate of plain SGD.", minimum=0.0)
+    positive_weight: float = setting(30.0, "Reward weight of a right answer.", minimum=0.0)
+    negative_weight: float = setting(0.0, "Reward of a wrong answer, 0 or less.", maximum=0.0)
+    latency_exponent: float = setting(1.0, "Exponent of the latency reward.", minimum=0.0)
+    bounding: float = setting(
+        0.8, "Paper's alpha: bounds probabilities away from 0 and 1.", minimum=0.5, maximum=1.0
+    )
+    entropy_weight: float = setting(0.8, "Paper's beta: weight of the entropy.", minimum=0.0)
+    entropy_kind: str = setting(
+        "one_sided", "Entropy: the authors' one-sided or binary.", choices=("one_sided", "binary")
+    )
+    upper_bound_start: float = setting(
+        0.7, "Latency bound at the start, as a share of all paths on.", minimum=0.01
+    )
+    upper_bound_end: float = setting(
+        0.5, "Latency bound at the end, as a share of MobileNetV2's latency.", minimum=0.01
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    epochs: float = setting(300.0, "Passes over the images, for each variant.", minimum=0.0)
+    batch_size: int = setting(256, "Images an update, over all devices.", minimum=1)
+    learning_rate: float = setting(1e-3, "Peak rate of SGD with momentum 0.9.", minimum=0.0)
+    schedule: str = setting("cosine", "Learning-rate schedule.", choices=SCHEDULE_KINDS)
+    weight_decay: float = setting(4e-5, "L2 penalty.", minimum=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    seed: int = setting(0, "Seed of weights, batches, augmentation and masks.", minimum=0)
+    variants: int = setting(
+        5, "Snapshots of the search that are finetuned and reported.", minimum=1, maximum=26
+    )
+    static_ops: tuple[str, ...] = setting(
+        (CANDIDATE_OPS[0].name,),
+        "Ops of which to train a one-op static baseline; "
+        f"{CANDIDATE_OPS[0].name} is MobileNetV2's. Others: "
+        f"{', '.join(op.name for op in CANDIDATE_OPS[1:])}.",
+    )
+    profile_rounds: int = setting(50, "Timed calls of each path in the table.", minimum=1)
+    timed_images: int = setting(200, "Test images on which measured_ms is timed.", minimum=1)
+    eval_epochs: float = setting(
+        1.0, "Passes between validation, with a checkpoint each time.", minimum=1e-6
+    )
+    log_steps: int = setting(20, "Updates between rows of the metrics files.", minimum=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. Flags of a stage carry its name in front: --pretrain_epochs."""
+
+    dataset: str
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    search: SearchConfig = SearchConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    run: RunConfig = RunConfig()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, without where the data lies: that is not part of the experiment."""
+        values = dataclasses.asdict(self)
+        del values["data"]["data_dir"]
+        values["run"]["static_ops"] = list(self.run.static_ops)
+        return values
+
+
+_PREFIXES = {"pretrain": "pretrain_", "search": "search_", "finetune": "finetune_"}
+
+
+def sections() -> Iterator[tuple[str, type, str]]:
+    """Name, dataclass and flag prefix of each part of `Config`."""
+    for field in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(field.type):
+            yield field.name, field.type, _PREFIXES.get(field.name, "")  # pyright: ignore
+
+
+def validate_section(section: Any, *, prefix: str = "") -> None:
+    """InputError for the first setting of a part that is out of range."""
+    for field in dataclasses.fields(section):
+        _check(f"--{prefix}{field.name}", getattr(section, field.name), field.metadata)
+    if isinstance(section, RunConfig):
+        if not section.static_ops:
+            raise InputError("--static_ops is empty: name at least one op to compare with")
+        for name in section.static_ops:
+            op_index(name)
+
+
+def _check(flag: str, value: Any, rules: Any) -> None:
+    minimum, maximum, choices = rules["minimum"], rules["maximum"], rules["choices"]
+    if choices is not None and value not in choices:
+        raise InputError(f"{flag}={value}: choose one of {', '.join(choices)}")
+    # Written so that NaN, which compares false with everything, is refused as well.
+    if minimum is not None and not value >= minimum:
+        raise InputError(f"{flag}={value}: must be {minimum:g} or more")
+    if maximum is not None and not value <= maximum:
+        raise InputError(f"{flag}={value}: must be {maximum:g} or less")

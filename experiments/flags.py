@@ -1,0 +1,99 @@
+"""Command-line flags, and nothing else that reads them.
+
+`define` turns every field of the configuration into an absl flag; `read` turns the parsed flags
+back into a configuration; `start` runs a program and prints a user's mistake as one line.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags, logging
+
+from experiments import config as config_lib
+from instanas_jax.errors import InputError
+
+_DEFINERS = {
+    str: flags.DEFINE_string,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+}
+
+
+def define(defaults: config_lib.Config) -> None:
+    """Defines a flag for each setting, with this configuration's values as defaults."""
+    for section, _, prefix in config_lib.sections():
+        define_section(getattr(defaults, section), prefix=prefix)
+    flags.DEFINE_string("workdir", None, "Folder for everything of this run. Required.")
+    flags.DEFINE_string(
+        "latency_table", "", "Latency table to search with; empty: measure one on this device."
+    )
+    flags.DEFINE_bool(
+        "allow_foreign_table", False, "Accept a latency table that another device measured."
+    )
+
+
+def define_section(
+    defaults: Any, *, prefix: str = "", names: tuple[str, ...] | None = None
+) -> None:
+    """Defines a flag for each field of a part of the configuration, or for those named."""
+    for field in dataclasses.fields(defaults):
+        if names is not None and field.name not in names:
+            continue
+        default = getattr(defaults, field.name)
+        help_text = field.metadata["help"]
+        if field.metadata["choices"]:
+            help_text += f" One of {', '.join(field.metadata['choices'])}."
+        if isinstance(default, tuple):
+            flags.DEFINE_list(prefix + field.name, list(default), help_text)
+        else:
+            _DEFINERS[type(default)](prefix + field.name, default, help_text)
+
+
+def read(dataset: str) -> config_lib.Config:
+    """The configuration that the parsed flags describe; InputError if out of range."""
+    parts: dict[str, Any] = {
+        section: read_section(kind, prefix=prefix)
+        for section, kind, prefix in config_lib.sections()
+    }
+    return config_lib.Config(dataset=dataset, **parts)
+
+
+def read_section(kind: type, *, prefix: str = "") -> Any:
+    """One part of the configuration, checked; fields without a flag keep their default."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        if prefix + field.name in flags.FLAGS:
+            value = flags.FLAGS[prefix + field.name].value
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    section = kind(**values)
+    config_lib.validate_section(section, prefix=prefix)
+    return section
+
+
+def as_flagfile() -> str:
+    """The flags of this program that were given or have a default, one a line."""
+    module_flags = flags.FLAGS.flags_by_module_dict()[__name__]
+    lines = (flag.serialize() for flag in module_flags)
+    return "\n".join(sorted(line for line in lines if line))
+
+
+def start(main: Callable[[], None]) -> None:
+    """Parses flags and runs `main`; a user's mistake ends with one line and status 2."""
+
+    def guarded(arguments: list[str]) -> None:
+        # Orbax reports every step of a save; a user wants the progress bar.
+        logging.set_verbosity(logging.WARNING)
+        try:
+            if len(arguments) > 1:
+                raise InputError(f"unexpected argument '{arguments[1]}': flags begin with --")
+            main()
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted: repeat the command to resume", file=sys.stderr)
+            sys.exit(130)
+
+    app.run(guarded)

@@ -1,0 +1,305 @@
+"""The whole recipe: table, pretrain, search, finetune of variants and baselines, results."""
+
+import dataclasses
+import math
+import string
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from experiments import evaluation, results, stage_runner
+from experiments.config import Config
+from experiments.workdir import Workdir
+from instanas_jax import (
+    augment,
+    convolution,
+    data,
+    environment,
+    latency,
+    metrics,
+    optimizers,
+    parallel,
+    profiling,
+    search,
+    search_space,
+    stages,
+    train_state,
+)
+from instanas_jax.errors import InputError
+from instanas_jax.stage import Setting, Stage
+from instanas_jax.train_state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A finetuned network and what decides its paths: itself, or one architecture [L, O]."""
+
+    name: str
+    state: TrainState
+    seconds: float
+    architecture: np.ndarray | None = None
+
+
+class Pipeline:
+    """One run, from data to results.
+
+    Args:
+      config: validated settings.
+      dataset: all three splits.
+      augmentation: of training images.
+      workdir: where everything goes.
+      table_path: a latency table to search with; None to measure one.
+      allow_foreign_table: accept another device's table.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dataset: data.Dataset,
+        augmentation: augment.Augmentation,
+        workdir: Workdir,
+        table_path: str | None = None,
+        allow_foreign_table: bool = False,
+    ):
+        self.config = config
+        self.dataset = dataset
+        self.workdir = workdir
+        self.spec = make_spec(config, num_classes=dataset.num_classes)
+        if dataset.image_size != self.spec.image_size:
+            raise InputError(
+                f"--preset={self.spec.name} reads images of {self.spec.image_size} pixels, "
+                f"{dataset.name} has {dataset.image_size}: choose another preset"
+            )
+        self.setting = Setting(
+            spec=self.spec,
+            mean=dataset.mean,
+            std=dataset.std,
+            augmentation=augmentation,
+            seed=config.run.seed,
+            lowering=convolution.default_lowering(),
+            dtype=jnp.dtype(config.model.dtype),
+            axis_name=parallel.AXIS_NAME,
+        )
+        self._check_batches()
+        self.table = self._latency_table(table_path, allow_foreign_table)
+        self.writer = metrics.MultiWriter(
+            [metrics.JsonlWriter(workdir.metrics), metrics.TensorBoardWriter(workdir.tensorboard)]
+        )
+        devices = parallel.device_count()
+        batch_size = math.ceil(min(256, len(dataset.validation)) / devices) * devices
+        self.evaluate = evaluation.Evaluator(self.setting, batch_size=batch_size)
+
+    def run(self) -> dict[str, Any]:
+        """Runs or resumes every stage, then evaluates; returns the contents of results.json."""
+        try:
+            pretrained, pretrain_seconds = self._pretrain()
+            snapshots, search_seconds = self._search(pretrained)
+            statics = [self._finetune_static(op, pretrained) for op in self.config.run.static_ops]
+            variants = [self._finetune_variant(name, state) for name, state in snapshots.items()]
+        finally:
+            self.writer.close()
+        seconds = {
+            "pretrain": pretrain_seconds,
+            "search": search_seconds,
+            "finetune": sum(network.seconds for network in variants),
+            "static": sum(network.seconds for network in statics),
+        }
+        return results.collect(
+            self.config,
+            setting=self.setting,
+            dataset=self.dataset,
+            table=self.table,
+            evaluate=self.evaluate,
+            statics={
+                network.name: (network.state, network.architecture)
+                for network in statics
+                if network.architecture is not None
+            },
+            variants={network.name: network.state for network in variants},
+            seconds=seconds,
+        )
+
+    def _steps(self, epochs: float, batch_size: int) -> int:
+        per_epoch = data.steps_per_epoch(len(self.dataset.train), batch_size)
+        return max(1, round(epochs * per_epoch))
+
+    def _check_batches(self) -> None:
+        for name in ("pretrain", "search", "finetune"):
+            batch_size = getattr(self.config, name).batch_size
+            parallel.check_batch_size(batch_size, flag=f"{name}_batch_size")
+            data.steps_per_epoch(len(self.dataset.train), batch_size)
+
+    def _latency_table(self, table_path: str | None, allow_foreign: bool) -> latency.LatencyTable:
+        device = environment.describe_device()
+        if self.workdir.latency_table.exists():
+            # The table this run began with; a resume on another machine keeps its reward.
+            return latency.load(self.workdir.latency_table, self.spec)
+        if table_path:
+            table = latency.load(table_path, self.spec, device=device, allow_foreign=allow_foreign)
+        else:
+            rounds = self.config.run.profile_rounds
+            with tqdm(total=rounds, desc="latency table", unit="round") as bar:
+                table = profiling.measure(self.spec, rounds=rounds, on_round=bar.update)
+        latency.save(table, self.workdir.latency_table)
+        return table
+
+    def _run_stage(self, stage: Stage, state: TrainState, section: Any, **options: Any):
+        batch_size = section.batch_size
+        return stage_runner.run_stage(
+            stage,
+            state,
+            self.dataset.train,
+            batch_size=batch_size,
+            seed=self.config.run.seed,
+            checkpoints=self.workdir.checkpoints(stage.name),
+            writer=self.writer,
+            eval_steps=self._steps(self.config.run.eval_epochs, batch_size),
+            log_steps=self.config.run.log_steps,
+            **options,
+        )
+
+    def _validate(self, state: TrainState, architecture: np.ndarray | None) -> dict[str, float]:
+        answers = self.evaluate(state, self.dataset.validation, architecture=architecture)
+        scalars = {
+            "validation_accuracy": answers.accuracy,
+            "validation_loss": float(answers.loss.mean()),
+        }
+        if architecture is None:
+            statistics = evaluation.policy_statistics(answers, table=self.table, spec=self.spec)
+            scalars.update({f"validation_{name}": value for name, value in statistics.items()})
+        return scalars
+
+    def _pretrain(self) -> tuple[TrainState, float]:
+        section = self.config.pretrain
+        total_steps = self._steps(section.epochs, section.batch_size)
+        stage = stages.pretrain(
+            self.setting,
+            sgd=optimizers.SgdSettings(
+                section.learning_rate,
+                section.schedule,  # pyright: ignore[reportArgumentType]
+                weight_decay=section.weight_decay,
+            ),
+            total_steps=total_steps,
+            final_keep=section.final_keep,
+        )
+        fresh = train_state.create(jax.random.key(self.config.run.seed), self.spec)
+        everything_on = np.ones(self.spec.mask_shape, np.float32)
+        return self._run_stage(
+            stage,
+            fresh,
+            section,
+            total_steps=total_steps,
+            validate=lambda state, step: self._validate(state, everything_on),
+        )
+
+    def _search(self, pretrained: TrainState) -> tuple[dict[str, TrainState], float]:
+        section = self.config.search
+        total_steps = max(2, self._steps(section.epochs, section.batch_size))
+        epoch_steps = self._steps(1.0, section.batch_size)
+        stage = self._search_stage(total_steps, epoch_steps)
+        count = min(self.config.run.variants, total_steps)
+        keep_steps = tuple(total_steps * (index + 1) // count for index in range(count))
+        _, seconds = self._run_stage(
+            stage,
+            pretrained,
+            section,
+            total_steps=total_steps,
+            validate=lambda state, step: self._validate(state, None),
+            keep_steps=keep_steps,
+        )
+        directory = self.workdir.checkpoints(stage.name)
+        snapshots = {
+            name: stage_runner.restore_kept(directory, step, stage, pretrained)
+            for name, step in zip(string.ascii_uppercase, keep_steps, strict=False)
+        }
+        return snapshots, seconds
+
+    def _search_stage(self, total_steps: int, epoch_steps: int) -> Stage:
+        section = self.config.search
+        bounds = latency.baselines(self.table, self.spec)
+        decay_steps = round(section.controller_decay_epochs * epoch_steps / 2)
+        return search.search(
+            self.setting,
+            cells_ms=self.table.cells_ms,
+            reward=search.RewardSettings(
+                lower_ms=bounds.min_ms,
+                upper_start_ms=section.upper_bound_start * bounds.max_ms,
+                upper_end_ms=section.upper_bound_end * bounds.mobilenetv2_ms,
+                positive_weight=section.positive_weight,
+                negative_weight=section.negative_weight,
+                latency_exponent=section.latency_exponent,
+                bounding=section.bounding,
+                entropy_weight=section.entropy_weight,
+                entropy_kind=section.entropy_kind,  # pyright: ignore[reportArgumentType]
+            ),
+            controller_optimizer=optimizers.adam(
+                section.controller_learning_rate, decay_every_steps=decay_steps or None
+            ),
+            supernet_sgd=optimizers.SgdSettings(section.supernet_learning_rate, momentum=0.0),
+            total_steps=total_steps,
+            alternation_steps=1 if section.alternation == "batch" else epoch_steps,
+        )
+
+    def _finetune_stage(self, total_steps: int, architecture: np.ndarray | None) -> Stage:
+        section = self.config.finetune
+        return stages.finetune(
+            self.setting,
+            name="finetune",
+            sgd=optimizers.SgdSettings(
+                section.learning_rate,
+                section.schedule,  # pyright: ignore[reportArgumentType]
+                weight_decay=section.weight_decay,
+            ),
+            total_steps=total_steps,
+            static_architecture=architecture,
+        )
+
+    def _finetune(
+        self,
+        name: str,
+        stage: Stage,
+        state: TrainState,
+        architecture: np.ndarray | None,
+        steps: int,
+    ) -> Network:
+        final, seconds = self._run_stage(
+            dataclasses.replace(stage, name=f"finetune_{name}"),
+            state,
+            self.config.finetune,
+            total_steps=steps,
+            validate=lambda state, step: self._validate(state, architecture),
+            batches_named="finetune",
+        )
+        return Network(name, final, seconds, architecture)
+
+    def _finetune_variant(self, name: str, snapshot: TrainState) -> Network:
+        steps = self._steps(self.config.finetune.epochs, self.config.finetune.batch_size)
+        if not hasattr(self, "_variant_stage"):
+            self._variant_stage = self._finetune_stage(steps, None)
+        return self._finetune(name, self._variant_stage, snapshot, None, steps)
+
+    def _finetune_static(self, op_name: str, pretrained: TrainState) -> Network:
+        """A static baseline, from the pretrained supernet, with as many images as the supernet
+        sees after pretraining on the way to a variant: its half of the search, and finetuning."""
+        section = self.config.finetune
+        search_images = self.config.search.epochs / 2
+        steps = self._steps(search_images + section.epochs, section.batch_size)
+        op = search_space.op_index(op_name)
+        architecture = search_space.uniform_architecture(self.spec, op)
+        stage = self._finetune_stage(steps, architecture)
+        name = "mobilenetv2" if op == search_space.MOBILENETV2_OP else op_name
+        return self._finetune(name, stage, pretrained, architecture, steps)
+
+
+def make_spec(config: Config, *, num_classes: int) -> search_space.SupernetSpec:
+    """The supernet that the configuration asks for."""
+    return search_space.preset(
+        config.model.preset,
+        num_classes=num_classes,
+        width=config.model.width,
+        stem_stride=config.model.stem_stride or None,
+    )

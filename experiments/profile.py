@@ -1,0 +1,51 @@
+"""Measures a latency table of this device.
+
+python -m experiments.profile --output=latency_table.json
+"""
+
+from pathlib import Path
+
+from absl import flags
+from tqdm import tqdm
+
+from experiments import flags as flags_lib
+from experiments.config import ModelConfig, RunConfig
+from instanas_jax import latency, profiling, search_space
+from instanas_jax.errors import InputError
+
+
+def _measure() -> None:
+    model, run = flags_lib.read_section(ModelConfig), flags_lib.read_section(RunConfig)
+    output = Path(flags.FLAGS.output or "")
+    if not flags.FLAGS.output:
+        raise InputError("--output is not set: name the JSON file for the table")
+    if not output.parent.is_dir():
+        raise InputError(f"--output={output}: the folder {output.parent} does not exist: make it")
+    spec = search_space.preset(
+        model.preset,
+        num_classes=flags.FLAGS.num_classes,
+        width=model.width,
+        stem_stride=model.stem_stride or None,
+    )
+    with tqdm(total=run.profile_rounds, desc="latency table", unit="round") as bar:
+        table = profiling.measure(spec, rounds=run.profile_rounds, on_round=bar.update)
+    latency.save(table, output)
+    bounds = latency.baselines(table, spec)
+    print(f"cells: MobileNetV2 {bounds.mobilenetv2_ms:.3f} ms, every path {bounds.max_ms:.3f} ms, ")
+    print(
+        f"fewest {bounds.min_ms:.3f} ms; fixed: "
+        + ", ".join(f"{part} {time:.3f} ms" for part, time in table.fixed_ms.items())
+    )
+    print(f"written to {output}")
+
+
+def main() -> None:
+    flags_lib.define_section(ModelConfig())
+    flags_lib.define_section(RunConfig(), names=("profile_rounds",))
+    flags.DEFINE_integer("num_classes", 100, "Classes of the classifier.")
+    flags.DEFINE_string("output", None, "Where to write the table. Required.")
+    flags_lib.start(_measure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""results.json and the table on the terminal. The only reader of the test split."""
+
+import math
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from experiments import evaluation
+from experiments.config import Config
+from instanas_jax import data, environment, inference, latency, policy, search_space
+from instanas_jax.stage import Setting
+from instanas_jax.train_state import TrainState
+
+SCHEMA_VERSION = 1
+
+
+def collect(
+    config: Config,
+    *,
+    setting: Setting,
+    dataset: data.Dataset,
+    table: latency.LatencyTable,
+    evaluate: evaluation.Evaluator,
+    statics: dict[str, tuple[TrainState, np.ndarray]],
+    variants: dict[str, TrainState],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Evaluates every network once on the test split, and times it image by image.
+
+    Args:
+      statics: by name, a state and the architecture [L, O] it runs.
+      variants: by name, a state.
+      seconds: training seconds of each stage.
+
+    Returns:
+      The contents of results.json.
+    """
+    timed = dataset.test.images[: config.run.timed_images]
+    measured = inference.time_in_turn(_predictors(setting, statics, variants), timed)
+    static_answers = {
+        name: evaluate(state, dataset.test, architecture=architecture)
+        for name, (state, architecture) in statics.items()
+    }
+    static_rows = [
+        {
+            "name": name,
+            "test_accuracy": static_answers[name].accuracy,
+            "validation_accuracy": evaluate(
+                state, dataset.validation, architecture=architecture
+            ).accuracy,
+            **_static_cost(setting.spec, architecture, table),
+            **_timing(measured[name]),
+        }
+        for name, (state, architecture) in statics.items()
+    ]
+    # How hard an image is: its loss under the first static baseline, which saw no controller.
+    difficulty = next(iter(static_answers.values())).loss
+    variant_rows = []
+    for name, state in variants.items():
+        answers = evaluate(state, dataset.test)
+        cells_ms = (answers.mask * table.cells_ms).sum(axis=(1, 2))
+        variant_rows.append(
+            {
+                "name": name,
+                "test_accuracy": answers.accuracy,
+                "validation_accuracy": evaluate(state, dataset.validation).accuracy,
+                **evaluation.policy_statistics(answers, table=table, spec=setting.spec),
+                "latency_vs_difficulty": _rank_correlation(cells_ms, difficulty),
+                **_timing(measured[name]),
+            }
+        )
+    bounds = latency.baselines(table, setting.spec)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "dataset": dataset.name,
+        "config": config.to_json(),
+        "device": environment.describe_device(),
+        "versions": environment.describe_versions(),
+        "images": {
+            "train": len(dataset.train),
+            "validation": len(dataset.validation),
+            "test": len(dataset.test),
+        },
+        "seconds": seconds,
+        "latency_table": {
+            "device": table.device,
+            "mobilenetv2_ms": bounds.mobilenetv2_ms,
+            "max_ms": bounds.max_ms,
+            "min_ms": bounds.min_ms,
+            "fixed_ms": table.fixed_ms,
+        },
+        "static": static_rows,
+        "variants": variant_rows,
+    }
+
+
+def _predictors(
+    setting: Setting,
+    statics: dict[str, tuple[TrainState, np.ndarray]],
+    variants: dict[str, TrainState],
+) -> dict[str, inference.Predict]:
+    common: dict[str, Any] = {
+        "mean": setting.mean,
+        "std": setting.std,
+        "lowering": setting.lowering,
+    }
+    predictors = {
+        name: inference.make_static_predictor(
+            setting.spec,
+            supernet_variables=state.supernet,
+            architecture=architecture,
+            **common,
+        )
+        for name, (state, architecture) in statics.items()
+    }
+    skipping = inference.SkippingProgram(setting.spec, **common)
+    for name, state in variants.items():
+        predictors[name] = skipping.predictor(
+            supernet_variables=state.supernet, controller_variables=state.controller
+        )
+    return predictors
+
+
+def _static_cost(
+    spec: search_space.SupernetSpec, architecture: np.ndarray, table: latency.LatencyTable
+) -> dict[str, float]:
+    resolved = np.asarray(policy.resolve_empty_cells(architecture, spec.forced_cells)[0])
+    flops, params = search_space.cost_table(spec)
+    fixed = search_space.fixed_cost(spec)
+    return {
+        "table_ms": float((resolved * table.cells_ms).sum())
+        + table.fixed_total_ms(controller=False),
+        "flops": float((resolved * flops).sum()) + fixed.flops,
+        "params": int((resolved * params).sum()) + fixed.params,
+    }
+
+
+def _timing(milliseconds: np.ndarray) -> dict[str, float]:
+    return {
+        "measured_ms": float(np.median(milliseconds)),
+        "measured_ms_mean": float(milliseconds.mean()),
+        "measured_ms_p90": float(np.percentile(milliseconds, 90)),
+    }
+
+
+def _rank_correlation(latency_ms: np.ndarray, difficulty: np.ndarray) -> float | None:
+    """Spearman's; None where every image has the same latency."""
+    if np.ptp(latency_ms) == 0.0 or np.ptp(difficulty) == 0.0:
+        return None
+    correlation = float(stats.spearmanr(latency_ms, difficulty)[0])  # pyright: ignore
+    return None if math.isnan(correlation) else correlation
+
+
+def format_table(results: dict[str, Any]) -> str:
+    """The comparison as text: baselines first, then the variants of the one search."""
+    header = ["network", "test acc", "val acc", "table ms", "measured ms"]
+    rows = [[*header, "saved", "MFLOP", "architectures"]]
+    baseline_ms = results["static"][0]["measured_ms"]
+    for row in (*results["static"], *results["variants"]):
+        rows.append(
+            [
+                row["name"],
+                f"{100 * row['test_accuracy']:.2f} %",
+                f"{100 * row['validation_accuracy']:.2f} %",
+                f"{row['table_ms']:.3f}",
+                f"{row['measured_ms']:.3f}",
+                f"{100 * (1 - row['measured_ms'] / baseline_ms):+.0f} %",
+                f"{row['flops'] / 1e6:.1f}",
+                str(row.get("unique_architectures", 1)),
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

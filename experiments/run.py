@@ -1,0 +1,50 @@
+"""From flags to results: what every data set's program does."""
+
+import json
+
+from absl import flags
+
+from experiments import flags as flags_lib
+from experiments import results
+from experiments.config import Config
+from experiments.pipeline import Pipeline
+from experiments.workdir import Workdir, write_json
+from instanas_jax import augment, data
+
+
+def main(defaults: Config, augmentation: augment.Augmentation) -> None:
+    """Defines the flags with these defaults and runs the experiment that they describe."""
+    flags_lib.define(defaults)
+    flags_lib.start(lambda: _run(defaults.dataset, augmentation))
+
+
+def _run(dataset_name: str, augmentation: augment.Augmentation) -> None:
+    config = flags_lib.read(dataset_name)
+    dataset = data.load(
+        dataset_name,
+        data_dir=config.data.data_dir or None,
+        validation_size=config.data.validation_size,
+        train_limit=config.data.train_limit or None,
+        test_limit=config.data.test_limit or None,
+    )
+    workdir = Workdir(
+        flags.FLAGS.workdir or "",
+        config=config.to_json(),
+        flags_text=flags_lib.as_flagfile(),
+    )
+    if workdir.results.exists():
+        print(f"{workdir.results} is complete; the run's table again:")
+        print(results.format_table(json.loads(workdir.results.read_text())))
+        return
+    pipeline = Pipeline(
+        config,
+        dataset=dataset,
+        augmentation=augmentation,
+        workdir=workdir,
+        table_path=flags.FLAGS.latency_table or None,
+        allow_foreign_table=flags.FLAGS.allow_foreign_table,
+    )
+    report = pipeline.run()
+    write_json(workdir.results, report)
+    print(results.format_table(report))
+    print(f"\nwritten to {workdir.results}")

@@ -1,0 +1,94 @@
+"""The folder of one run: which files it holds and whose it is."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from instanas_jax import environment
+from instanas_jax.errors import InputError
+
+
+class Workdir:
+    """Paths of a run's files. Making one checks that the folder belongs to the configuration.
+
+    Args:
+      path: made where absent.
+      config: the run's configuration as plain JSON values.
+      flags_text: the flags in the form of a flagfile, kept for the record.
+
+    Raises:
+      InputError: the folder holds another configuration's run, or cannot be written.
+    """
+
+    def __init__(self, path: str, *, config: dict[str, Any], flags_text: str):
+        if not path:
+            raise InputError("--workdir is not set: name a folder for the run's files")
+        self.path = Path(path)
+        self.latency_table = self.path / "latency_table.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.results = self.path / "results.json"
+        self._claim(config, flags_text)
+
+    def checkpoints(self, stage: str) -> Path:
+        return self.path / "checkpoints" / stage
+
+    def _claim(self, config: dict[str, Any], flags_text: str) -> None:
+        config_file = self.path / "config.json"
+        try:
+            if config_file.exists():
+                _check_same(self.path, json.loads(config_file.read_text()), config)
+                return
+            if self.path.exists() and any(self.path.iterdir()):
+                raise InputError(
+                    f"--workdir={self.path} holds files but no config.json, so it is not a run's "
+                    "folder: name an empty or a new one"
+                )
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.path / "flags.txt", flags_text + "\n")
+            write_json(self.path / "versions.json", environment.describe_versions())
+            write_json(config_file, config)
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{config_file} is not JSON ({error}): name another --workdir"
+            ) from error
+        except OSError as error:
+            raise InputError(
+                f"--workdir={self.path} cannot be used ({error.strerror}): name a folder that "
+                "can be written"
+            ) from error
+
+
+def _check_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    if there == here:
+        return
+    old, new = _flatten(there), _flatten(here)
+    name = next(key for key in sorted({*old, *new}) if old.get(key) != new.get(key))
+    raise InputError(
+        f"--workdir={path} belongs to a run with {name}={old.get(name)}, this one has "
+        f"{name}={new.get(name)}: name another --workdir or restore the setting"
+    )
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, values: Any) -> None:
+    write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")

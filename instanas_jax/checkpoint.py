@@ -1,0 +1,67 @@
+"""Checkpoints of one stage, through orbax: save, restore, walk back over a damaged one."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from instanas_jax.errors import InputError
+
+
+class StageCheckpoints:
+    """The checkpoints of one stage in a folder of their own, numbered by updates done.
+
+    A checkpoint appears under its name only when it is complete, so a kill leaves the one before.
+
+    Args:
+      directory: made where absent.
+      keep: how many of the newest to keep; None for all.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, keep: int | None = 2):
+        self._directory = Path(directory).resolve()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=False
+        )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def save(self, step: int, state: Any) -> None:
+        """Writes a host pytree as the checkpoint after `step` updates, if it is not there yet."""
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def steps(self) -> list[int]:
+        """Updates behind each checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def restore_latest(self, like: Any) -> tuple[int, Any] | None:
+        """The newest readable checkpoint as (updates done, state on the host), or None.
+
+        Walks back over those that a full disk or a crash has damaged.
+
+        Args:
+          like: a pytree of arrays or shapes with the structure of what was saved.
+        """
+        for step in reversed(self.steps()):
+            try:
+                return step, self.restore(step, like)
+            except InputError:
+                continue
+        return None
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The checkpoint after `step` updates; InputError where it is absent or damaged."""
+        abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except Exception as error:  # Orbax documents no common base of what it raises.
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(
+                f"checkpoint {self._directory / str(step)} cannot be restored ({reason}): delete "
+                "that folder to resume from the one before"
+            ) from error
+
+    def close(self) -> None:
+        self._manager.close()

@@ -1,0 +1,55 @@
+"""What a measurement ran on: recorded beside every figure that depends on it."""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+from typing import Any
+
+import jax
+
+import instanas_jax
+
+_CPU_INFO = pathlib.Path("/proc/cpuinfo")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def describe_device() -> dict[str, Any]:
+    """The computer and the backend on which JAX computes by default.
+
+    Returns:
+      `cpu`, the processor's model name; `cores`, logical processors of the machine; `threads`,
+      those that this process may run on, which bounds XLA's pool on the CPU; `backend`, JAX's
+      name of the platform; `accelerator`, the device's kind, or None on the CPU.
+    """
+    backend = jax.default_backend()
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count() or 1,
+        "threads": _usable_processors(),
+        "backend": backend,
+        "accelerator": None if backend == "cpu" else jax.devices()[0].device_kind,
+    }
+
+
+def describe_versions() -> dict[str, str]:
+    """Versions of Python, of the packages that compute, and of this one."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        versions[package] = importlib.metadata.version(package)
+    return versions | {"instanas_jax": instanas_jax.__version__}
+
+
+def _cpu_model() -> str:
+    """The model name that Linux reports, or the best that `platform` knows elsewhere."""
+    if _CPU_INFO.exists():
+        for line in _CPU_INFO.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _usable_processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,179 @@
+"""The latency table: what each path costs on one device, in milliseconds for one image.
+
+A predicted latency is the sum of the active paths' rows, plus `fixed_ms` for what every image
+pays: stem, head, and the controller where there is one.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instanas_jax import policy
+from instanas_jax.errors import InputError
+from instanas_jax.search_space import MOBILENETV2_OP, SupernetSpec, uniform_architecture
+
+SCHEMA_VERSION = 1
+FIXED_PARTS = ("stem", "head", "controller")
+
+
+@dataclasses.dataclass(frozen=True)
+class LatencyTable:
+    """One device's measurements. Times are medians in milliseconds at `batch_size` images."""
+
+    backend: str
+    device: dict[str, Any]
+    versions: dict[str, str]
+    spec: dict[str, Any]  # `SupernetSpec.to_json` of the measured supernet.
+    batch_size: int
+    dtype: str
+    fixed_ms: dict[str, float]  # One entry for each of `FIXED_PARTS`.
+    cells_ms: np.ndarray  # [L, O]
+    spread_ms: np.ndarray  # [L, O], interquartile range of the timed runs.
+    repeats: int
+
+    def fixed_total_ms(self, *, controller: bool) -> float:
+        """What every image pays; a static architecture runs no controller."""
+        parts = FIXED_PARTS if controller else FIXED_PARTS[:2]
+        return sum(self.fixed_ms[part] for part in parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatencyBaselines:
+    """Sums over cells, in milliseconds, that the reward's bounds are made of."""
+
+    mobilenetv2_ms: float  # Op 0 in every cell.
+    max_ms: float  # Every path on.
+    min_ms: float  # Every mask off: the forced op in each group's first cell, else identity.
+
+
+def lookup(cells_ms: jax.Array | np.ndarray, mask: jax.Array, forced_cells: np.ndarray):
+    """Latency of each image's cells, the empty-cell rule applied, `fixed_ms` left out.
+
+    Args:
+      cells_ms: [L, O].
+      mask: [..., L, O].
+      forced_cells: bool [L], `SupernetSpec.forced_cells`.
+
+    Returns:
+      Milliseconds [...].
+    """
+    resolved, _ = policy.resolve_empty_cells(mask, forced_cells)
+    return jnp.sum(resolved * jnp.asarray(cells_ms, jnp.float32), axis=(-2, -1))
+
+
+def baselines(table: LatencyTable, spec: SupernetSpec) -> LatencyBaselines:
+    """The three architectures that the published bounds refer to."""
+    architectures = (
+        uniform_architecture(spec, MOBILENETV2_OP),
+        np.ones(spec.mask_shape, np.float32),
+        np.zeros(spec.mask_shape, np.float32),
+    )
+    sums = lookup(table.cells_ms, jnp.stack(architectures), spec.forced_cells)
+    return LatencyBaselines(*(float(value) for value in sums))
+
+
+def save(table: LatencyTable, path: str | os.PathLike[str]) -> None:
+    """Writes the table as JSON, whole or not at all."""
+    values = dataclasses.asdict(table)
+    values["cells_ms"] = np.round(table.cells_ms, 6).tolist()
+    values["spread_ms"] = np.round(table.spread_ms, 6).tolist()
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **values}, indent=1)
+    temporary = Path(f"{path}.partial")
+    temporary.write_text(text + "\n")
+    temporary.replace(path)
+
+
+def load(
+    path: str | os.PathLike[str],
+    spec: SupernetSpec,
+    *,
+    device: dict[str, Any] | None = None,
+    allow_foreign: bool = False,
+) -> LatencyTable:
+    """Reads a table and checks that it is of this supernet and of this device.
+
+    Args:
+      path: a file that `save` wrote.
+      spec: the supernet that is to be searched.
+      device: `environment.describe_device()`; None skips the check of the device.
+      allow_foreign: accept another device's table, to search for that device from here.
+
+    Raises:
+      InputError: no such file, not a table, or a table of something else.
+    """
+    table = _parse(path)
+    wanted = json.loads(json.dumps(spec.to_json()))
+    if table.spec != wanted:
+        differing = sorted(
+            name
+            for name in {*wanted, *table.spec}
+            if table.spec.get(name) != wanted.get(name) and name != "num_classes"
+        )
+        # The classifier is in the head's time, but no cell depends on it.
+        if differing:
+            parts = "; ".join(
+                f"{name} is {table.spec.get(name)} there, {wanted.get(name)} here"
+                for name in differing
+            )
+            raise InputError(
+                f"latency table {path} is of another supernet ({parts}): measure one with "
+                "`python -m experiments.profile`, or leave --latency_table out"
+            )
+    if device is not None and not allow_foreign and table.device != device:
+        raise InputError(
+            f"latency table {path} was measured on {_device_name(table.device)}, this is "
+            f"{_device_name(device)}: measure one here with `python -m experiments.profile`, or "
+            "pass --allow_foreign_table to search for that device"
+        )
+    return table
+
+
+def _device_name(device: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sorted(device.items()))
+
+
+def _parse(path: str | os.PathLike[str]) -> LatencyTable:
+    try:
+        values = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise InputError(
+            f"latency table {path} cannot be read ({error.strerror}): measure one with "
+            "`python -m experiments.profile --output=FILE`"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"latency table {path} is not JSON ({error}): measure it anew") from None
+    try:
+        version = values.pop("schema_version")
+        if version != SCHEMA_VERSION:
+            raise InputError(
+                f"latency table {path} has schema_version {version}, this program reads "
+                f"{SCHEMA_VERSION}: measure it anew"
+            )
+        values["cells_ms"] = np.asarray(values["cells_ms"], np.float64)
+        values["spread_ms"] = np.asarray(values["spread_ms"], np.float64)
+        table = LatencyTable(**values)
+        complete = set(table.fixed_ms) == set(FIXED_PARTS)
+        cells = sum(group[1] for group in table.spec["groups"])
+    except InputError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"latency table {path} lacks or misstates a field ({error}): measure it anew"
+        ) from None
+    shape = (cells, len(table.spec["ops"]))
+    if table.cells_ms.shape != shape or table.spread_ms.shape != shape or not complete:
+        raise InputError(
+            f"latency table {path} holds cells_ms of shape {list(table.cells_ms.shape)} and "
+            f"fixed_ms {sorted(table.fixed_ms)}, its spec needs {list(shape)} and "
+            f"{sorted(FIXED_PARTS)}: measure it anew"
+        )
+    times = [*table.cells_ms.flat, *table.fixed_ms.values()]
+    if not all(np.isfinite(time) and time >= 0.0 for time in times) or table.cells_ms.max() <= 0:
+        raise InputError(f"latency table {path} holds a time that is no time: measure it anew")
+    return table

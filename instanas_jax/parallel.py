@@ -1,0 +1,86 @@
+"""Devices: the only module that knows how many there are.
+
+Every program runs through `jax.pmap`; one device is the case n = 1 of the same code. State is
+replicated, the global batch is split along its first axis.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from instanas_jax.errors import InputError
+
+AXIS_NAME = "devices"
+
+
+def device_count() -> int:
+    """Devices that share a batch."""
+    return jax.local_device_count()
+
+
+def check_batch_size(batch_size: int, *, flag: str) -> None:
+    """InputError unless the devices can share a batch of this size evenly."""
+    devices = device_count()
+    if batch_size < 1 or batch_size % devices:
+        raise InputError(
+            f"--{flag}={batch_size} cannot be shared evenly by {devices} devices: choose a "
+            f"multiple of {devices}"
+        )
+
+
+def replicate(tree: Any) -> Any:
+    """Copies a pytree to every device, along a new leading axis."""
+    devices = jax.local_devices()
+    sharding = NamedSharding(Mesh(np.array(devices), (AXIS_NAME,)), PartitionSpec(AXIS_NAME))
+
+    def copy(leaf: Any) -> jax.Array:
+        leaf = np.asarray(leaf)
+        return jax.device_put(np.broadcast_to(leaf, (len(devices), *leaf.shape)), sharding)
+
+    return jax.tree.map(copy, tree)
+
+
+def unreplicate(tree: Any) -> Any:
+    """One device's copy of a replicated pytree, on the host."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_shards[0].data)[0], tree)
+
+
+def shard(batch: Any) -> Any:
+    """Splits the leading axis of every array [B, ...] into [devices, B / devices, ...]."""
+    devices = device_count()
+    return jax.tree.map(
+        lambda array: array.reshape(devices, array.shape[0] // devices, *array.shape[1:]), batch
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def compile_step(step: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """A train step over replicated state, whose buffers it takes over, and a sharded batch.
+
+    The same step gives the same program, so that stages which share it compile once.
+    """
+    return jax.pmap(step, axis_name=AXIS_NAME, donate_argnums=0)
+
+
+def compile_sums(evaluate: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """An evaluation (replicated inputs, sharded batch) -> sums over the global batch."""
+
+    def summed(inputs: Any, batch: Any) -> Any:
+        return lax.psum(evaluate(inputs, batch), AXIS_NAME)
+
+    return jax.pmap(summed, axis_name=AXIS_NAME)
+
+
+def compile_map(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """A function (replicated inputs, sharded batch) -> one result an image, still sharded."""
+    return jax.pmap(function, axis_name=AXIS_NAME)
+
+
+def gather(tree: Any) -> Any:
+    """Joins sharded results [devices, B / devices, ...] to host arrays [B, ...]."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[2:]), tree)

@@ -1,0 +1,192 @@
+"""The search stage: the controller by REINFORCE, the supernet under its masks, in turn.
+
+Source: InstaNAS (arXiv 1811.10201), section 3.3 and algorithm 1.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from instanas_jax import (
+    controller,
+    latency,
+    optimizers,
+    policy,
+    policy_gradient,
+    rewards,
+    supernet,
+)
+from instanas_jax.stage import (
+    Batch,
+    Metrics,
+    Phase,
+    Setting,
+    Stage,
+    apply_gradients,
+    augmented,
+    draw_keys,
+    is_correct,
+    mean_over_devices,
+    policy_logits_of,
+    restart,
+    train_supernet,
+)
+from instanas_jax.train_state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardSettings:
+    """The reward and its falling bound (paper section 3.3). Latencies are sums over cells."""
+
+    lower_ms: float
+    upper_start_ms: float
+    upper_end_ms: float
+    positive_weight: float = 30.0
+    negative_weight: float = 0.0
+    latency_exponent: float = 1.0
+    bounding: float = 0.8
+    entropy_weight: float = 0.8
+    entropy_kind: policy.EntropyKind = "one_sided"
+
+
+def search(
+    setting: Setting,
+    *,
+    cells_ms: np.ndarray,
+    reward: RewardSettings,
+    controller_optimizer: optax.GradientTransformation,
+    supernet_sgd: optimizers.SgdSettings,
+    total_steps: int,
+    alternation_steps: int,
+) -> Stage:
+    """Alternates controller updates (REINFORCE) with supernet updates under sampled masks.
+
+    Args:
+      cells_ms: [L, O].
+      total_steps: of both phases together.
+      alternation_steps: updates before the phase changes: an epoch's, or 1.
+    """
+    spec = setting.spec
+    supernet_optimizer = optimizers.sgd(supernet_sgd, total_steps=total_steps // 2)
+
+    def init(state: TrainState) -> TrainState:
+        return restart(state, supernet=supernet_optimizer, controller=controller_optimizer)
+
+    def reward_of(
+        class_logits: jax.Array, labels: jax.Array, mask: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        upper_ms = rewards.falling_upper_bound(
+            step / total_steps, start_ms=reward.upper_start_ms, end_ms=reward.upper_end_ms
+        )
+        latency_ms = latency.lookup(cells_ms, mask, spec.forced_cells)
+        latency_rewards = rewards.latency_reward(
+            latency_ms,
+            lower_ms=reward.lower_ms,
+            upper_ms=upper_ms,
+            exponent=reward.latency_exponent,
+        )
+        correct = is_correct(class_logits, labels)
+        total = rewards.gated_reward(
+            latency_rewards,
+            correct,
+            positive_weight=reward.positive_weight,
+            negative_weight=reward.negative_weight,
+        )
+        return total, latency_ms, correct
+
+    def controller_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        labels = batch["label"]
+        draws = draw_keys(setting, "search", state.step, labels.shape[0])
+        images = augmented(setting, draws, batch)
+        frozen_supernet = supernet.fold(state.supernet)
+
+        def loss_fn(params):
+            policy_logits, batch_stats = controller.apply_train(
+                spec,
+                {"params": params, "batch_stats": state.controller["batch_stats"]},
+                images,
+                lowering=setting.lowering,
+                dtype=setting.dtype,
+                axis_name=setting.axis_name,
+            )
+            sampled = policy.sample(draws.mask, policy_logits, bounding=reward.bounding)
+            greedy = policy.greedy(policy_logits)
+            # One pass over both masks: the sampled ones first, then the greedy ones.
+            masks = lax.stop_gradient(jnp.concatenate([sampled, greedy]))
+            both_labels = jnp.concatenate([labels, labels])
+            class_logits = supernet.apply_eval(
+                spec,
+                frozen_supernet,
+                jnp.concatenate([images, images]),
+                masks,
+                lowering=setting.lowering,
+                dtype=setting.dtype,
+            )
+            totals, latency_ms, correct = reward_of(class_logits, both_labels, masks, state.step)
+            sampled_reward, greedy_reward = jnp.split(totals, 2)
+            advantage = policy_gradient.self_critical_advantage(sampled_reward, greedy_reward)
+            loss = policy_gradient.reinforce_loss(
+                policy_logits,
+                sampled,
+                advantage,
+                bounding=reward.bounding,
+                entropy_weight=reward.entropy_weight,
+                entropy_kind=reward.entropy_kind,
+            )
+            sampled_latency, greedy_latency = jnp.split(latency_ms, 2)
+            metrics = {
+                "controller_loss": loss,
+                "sampled_reward": jnp.mean(sampled_reward),
+                "greedy_reward": jnp.mean(greedy_reward),
+                "sampled_accuracy": jnp.mean(jnp.split(correct, 2)[0]),
+                "greedy_accuracy": jnp.mean(jnp.split(correct, 2)[1]),
+                "sampled_latency_ms": jnp.mean(sampled_latency),
+                "greedy_latency_ms": jnp.mean(greedy_latency),
+                "policy_entropy_nats": jnp.mean(
+                    policy.entropy(policy_logits, bounding=reward.bounding)
+                ),
+            }
+            return loss, (metrics, batch_stats)
+
+        params = state.controller["params"]
+        gradients, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(params)
+        gradients = mean_over_devices(setting, gradients)
+        params, optimizer_state = apply_gradients(
+            controller_optimizer, gradients, state.optimizer["controller"], params
+        )
+        new_state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            controller={"params": params, "batch_stats": batch_stats},
+            optimizer={**state.optimizer, "controller": optimizer_state},
+        )
+        return new_state, mean_over_devices(setting, metrics)
+
+    def supernet_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        draws = draw_keys(setting, "search", state.step, batch["image"].shape[0])
+        images = augmented(setting, draws, batch)
+        policy_logits = policy_logits_of(setting, state, images)
+        masks = policy.sample(draws.mask, policy_logits, bounding=reward.bounding)
+        # The policy of one image trains the weights on another, which keeps them of use to
+        # many masks (facts of the authors' program).
+        masks = _shuffle_over_batch(setting, draws.batch, masks)
+        return train_supernet(
+            setting, supernet_optimizer, state, draws, images, batch["label"], masks
+        )
+
+    phases = (Phase("controller", controller_step), Phase("supernet", supernet_step))
+    return Stage("search", init, phases, lambda step: (step // alternation_steps) % 2)
+
+
+def _shuffle_over_batch(setting: Setting, key: jax.Array, masks: jax.Array) -> jax.Array:
+    """Permutes masks over the global batch, over devices as well."""
+    if setting.axis_name is None:
+        return masks[jax.random.permutation(key, masks.shape[0])]
+    everyone = lax.all_gather(masks, setting.axis_name, tiled=True)
+    order = jax.random.permutation(key, everyone.shape[0])
+    first = lax.axis_index(setting.axis_name) * masks.shape[0]
+    return everyone[lax.dynamic_slice_in_dim(order, first, masks.shape[0])]

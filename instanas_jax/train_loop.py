@@ -1,0 +1,31 @@
+"""The only training loop: a generator. Logging, saving and stopping are the caller's."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from instanas_jax import parallel
+from instanas_jax.stage import Stage
+from instanas_jax.train_state import TrainState
+
+
+def run(
+    stage: Stage, state: TrainState, batches: Iterable[Any], *, first_step: int = 0
+) -> Iterator[tuple[int, TrainState, dict[str, Any]]]:
+    """Feeds batches to a stage's phases.
+
+    Nothing here waits for the device: metrics are handed on as they are, to be fetched late. The
+    state that is yielded is consumed by the next step, so keep a copy of what must outlive it.
+
+    Args:
+      stage: what to run.
+      state: replicated; its buffers are taken over.
+      batches: global batches on the host, one an update.
+      first_step: number of updates that `state` has behind it.
+
+    Yields:
+      Updates done, the new state (replicated), and the phase's metrics (replicated).
+    """
+    steps = [parallel.compile_step(phase.step) for phase in stage.phases]
+    for done, batch in enumerate(batches, start=first_step):
+        state, metrics = steps[stage.phase_at(done)](state, parallel.shard(batch))
+        yield done + 1, state, metrics

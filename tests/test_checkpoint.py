@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+
+from instanas_jax import checkpoint
+from instanas_jax.errors import InputError
+
+
+def state(value: float) -> dict:
+    return {"a": np.full((3,), value, np.float32), "b": {"step": np.asarray(int(value), np.int32)}}
+
+
+def test_what_was_saved_is_restored_bit_for_bit(tmp_path):
+    values = {"a": np.random.default_rng(0).standard_normal(7).astype(np.float32)}
+    checkpoints = checkpoint.StageCheckpoints(tmp_path)
+    checkpoints.save(5, values)
+    step, restored = checkpoints.restore_latest(values)
+    assert step == 5
+    np.testing.assert_array_equal(restored["a"], values["a"])
+
+
+def test_only_the_newest_are_kept_unless_all_are_asked_for(tmp_path):
+    rolling = checkpoint.StageCheckpoints(tmp_path / "rolling")
+    everything = checkpoint.StageCheckpoints(tmp_path / "all", keep=None)
+    for step in (1, 2, 3):
+        rolling.save(step, state(step))
+        everything.save(step, state(step))
+    assert rolling.steps() == [2, 3]
+    assert everything.steps() == [1, 2, 3]
+
+
+def test_nothing_saved_restores_nothing(tmp_path):
+    assert checkpoint.StageCheckpoints(tmp_path).restore_latest(state(0)) is None
+
+
+def test_walks_back_over_a_damaged_checkpoint(tmp_path):
+    checkpoints = checkpoint.StageCheckpoints(tmp_path)
+    checkpoints.save(1, state(1))
+    checkpoints.save(2, state(2))
+    damaged = 0
+    for path in (tmp_path / "2").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+            damaged += 1
+    assert damaged > 0
+    reopened = checkpoint.StageCheckpoints(tmp_path)
+    step, restored = reopened.restore_latest(state(0))
+    assert step == 1
+    np.testing.assert_array_equal(restored["a"], state(1)["a"])
+    with pytest.raises(InputError, match="cannot be restored"):
+        reopened.restore(2, state(0))

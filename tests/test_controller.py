@@ -1,0 +1,164 @@
+"""The controller: shapes of both kinds, first answers near zero, images that do not meet."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from instanas_jax import controller, search_space
+
+BATCH = 4
+TINY = search_space.preset("tiny", num_classes=10)
+SPECS = {
+    "residual_small": TINY,
+    "residual_large": dataclasses.replace(TINY, controller="residual_large"),
+}
+each_kind = pytest.mark.parametrize("kind", SPECS)
+
+
+@functools.cache
+def variables(kind: str):
+    return controller.init(jax.random.key(0), SPECS[kind])
+
+
+@functools.cache
+def images() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(BATCH, 32, 32, 3)).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "lowering", "dtype"))
+def evaluate(variables, images, *, kind, lowering="shifted", dtype=jnp.float32):
+    folded = controller.fold(variables)
+    return controller.apply_eval(SPECS[kind], folded, images, lowering=lowering, dtype=dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "dtype"))
+def train(variables, images, *, kind, dtype=jnp.float32):
+    return controller.apply_train(SPECS[kind], variables, images, lowering="shifted", dtype=dtype)
+
+
+@functools.cache
+def trained_once(kind: str):
+    return train(variables(kind), images(), kind=kind)
+
+
+@each_kind
+class TestBothKinds:
+    def test_shapes_and_types(self, kind):
+        logits = evaluate(variables(kind), images(), kind=kind)
+        train_logits, _ = trained_once(kind)
+        assert logits.shape == train_logits.shape == (BATCH, 4, 5)
+        assert logits.dtype == train_logits.dtype == jnp.float32
+
+    def test_first_logits_are_near_zero_but_not_all_zero(self, kind):
+        """Every path starts near probability one half: sigmoid(1) = 0.73."""
+        for logits in (evaluate(variables(kind), images(), kind=kind), trained_once(kind)[0]):
+            assert 0.0 < float(jnp.abs(logits).mean()) < 0.5
+            assert float(jnp.abs(logits).max()) < 1.0
+
+    def test_images_do_not_meet_in_evaluation(self, kind):
+        before = np.asarray(evaluate(variables(kind), images(), kind=kind))
+        changed = images().copy()
+        changed[[0, 2]] = 10.0 * images()[[2, 0]] + 1.0
+        changed[3] = np.nan
+        after = np.asarray(evaluate(variables(kind), changed, kind=kind))
+        np.testing.assert_allclose(after[1], before[1], rtol=1e-5, atol=1e-6)
+        assert np.all(after[[0, 2]] != before[[0, 2]])
+        assert np.any(before[0] != before[1])  # The answer depends on the image at all.
+
+    def test_training_moves_every_running_statistic(self, kind):
+        before = variables(kind)["batch_stats"]
+        _, after = trained_once(kind)
+        assert jax.tree.structure(after) == jax.tree.structure(before)
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            assert np.all(np.isfinite(new)) and np.any(old != new)
+
+    def test_modes_agree_once_running_statistics_are_the_batchs(self, kind):
+        """A step moves r to r + 0.1 (batch - r). The variance so found is unbiased; on the large
+        kind's last maps of 1 x 1 pixel it is 4 / 3 of the biased one that training divides by."""
+        logits, new = trained_once(kind)
+
+        def to_batch_statistics(path, old, moved):
+            batch = old + 10.0 * (moved - old)
+            if path[-1].key == "mean":
+                return batch
+            size = map_size(kind, path[0].key)
+            count = BATCH * size * size
+            return batch * (count - 1) / count
+
+        stats = jax.tree_util.tree_map_with_path(
+            to_batch_statistics, variables(kind)["batch_stats"], new
+        )
+        evaluated = evaluate({**variables(kind), "batch_stats": stats}, images(), kind=kind)
+        np.testing.assert_allclose(evaluated, logits, rtol=1e-2, atol=2e-3)
+
+    def test_bfloat16_answers_in_float32(self, kind):
+        logits = evaluate(variables(kind), images(), kind=kind, dtype=jnp.bfloat16)
+        assert logits.dtype == jnp.float32
+        expected = evaluate(variables(kind), images(), kind=kind)
+        assert 0.0 < float(jnp.abs(logits - expected).max()) < 0.05
+
+    def test_lowerings_agree(self, kind):
+        native = evaluate(variables(kind), images(), kind=kind, lowering="native")
+        shifted = evaluate(variables(kind), images(), kind=kind)
+        np.testing.assert_allclose(shifted, native, rtol=1e-4, atol=1e-5)
+
+
+def map_size(kind: str, module: str) -> int:
+    """Output size in pixels of a module at 32 pixels. Small: strides 1, 2, 2 from 32. Large:
+    pooled to 16, stem to 8, pooled to 4, then strides 1, 2, 2, 2."""
+    if kind == "residual_small":
+        return {"stem": 32, "segment_0": 32, "segment_1": 16, "segment_2": 8}[module]
+    return {"stem": 8, "segment_0": 4, "segment_1": 2, "segment_2": 1, "segment_3": 1}[module]
+
+
+class TestPublishedSizes:
+    @pytest.mark.parametrize(
+        ("name", "widths"), [("px32", (16, 16, 32, 64)), ("px224", (16, 16, 32, 64, 128))]
+    )
+    def test_widths_and_outputs(self, name, widths):
+        spec = search_space.preset(name, num_classes=100)
+        params = controller.init(jax.random.key(0), spec)["params"]
+        assert controller.cost(spec).params == sum(leaf.size for leaf in jax.tree.leaves(params))
+        stem, *segments = [params[module] for module in sorted(params, key=module_order)][:-1]
+        kernel_size = 3 if name == "px32" else 7
+        assert stem["kernel"].shape == (kernel_size, kernel_size, 3, 16)
+        assert [each["second"]["kernel"].shape[-1] for each in segments] == list(widths[1:])
+        assert params["logits"]["kernel"].shape == (widths[-1], 85)
+        # Only the large kind projects, and only where the shape changes.
+        projecting = [index for index, each in enumerate(segments) if "shortcut" in each]
+        assert projecting == ([] if name == "px32" else [1, 2, 3])
+
+    def test_large_controller_on_224_pixels(self):
+        """Shapes only, and about the 21 M multiply-adds of the authors' controller."""
+        spec = search_space.preset("px224", num_classes=1000)
+        folded = jax.eval_shape(controller.fold, controller.init(jax.random.key(0), spec))
+        program, shape = jax.make_jaxpr(
+            lambda *inputs: controller.apply_eval(spec, *inputs, lowering="native"),
+            return_shape=True,
+        )(folded, jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32))
+        assert shape.shape == (2, 17, 5) and shape.dtype == jnp.float32
+        multiply_adds = sum(
+            equation.outvars[0].aval.size * int(np.prod(equation.invars[1].aval.shape[:-1]))
+            for equation in program.eqns
+            if equation.primitive.name == "conv_general_dilated"
+        )
+        assert multiply_adds / 2 == pytest.approx(21e6, rel=0.05)
+        # The program above saw 2 images; the linear layer is no convolution.
+        assert controller.cost(spec).flops == multiply_adds + 2 * 128 * 85
+
+
+def module_order(module: str) -> tuple[int, str]:
+    return ({"stem": 0, "logits": 2}.get(module, 1), module)
+
+
+def test_pooled_shortcut_by_hand():
+    """Mean of each 2 x 2 block, then channels of zeros."""
+    x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    # Block means: (0 + 1 + 4 + 5) / 4 = 2.5, then 4.5, 10.5, 12.5.
+    y = controller._pooled_shortcut(x, 3, 2)
+    np.testing.assert_array_equal(y[0, :, :, 0], [[2.5, 4.5], [10.5, 12.5]])
+    np.testing.assert_array_equal(y[..., 1:], 0.0)

@@ -1,0 +1,104 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from instanas_jax import latency, search_space
+from instanas_jax.errors import InputError
+
+SPEC = search_space.preset("tiny", num_classes=10)
+
+
+def make_table(**changes) -> latency.LatencyTable:
+    cells_ms = np.arange(1.0, 21.0).reshape(4, 5)  # Cell 0 holds 1..5, cell 3 holds 16..20.
+    table = latency.LatencyTable(
+        backend="cpu",
+        device={"cpu": "X", "cores": 2},
+        versions={"jax": "0"},
+        spec=json.loads(json.dumps(SPEC.to_json())),
+        batch_size=1,
+        dtype="float32",
+        fixed_ms={"stem": 0.5, "head": 0.25, "controller": 0.125},
+        cells_ms=cells_ms,
+        spread_ms=np.zeros((4, 5)),
+        repeats=3,
+    )
+    return dataclasses.replace(table, **changes)
+
+
+def test_lookup_charges_the_forced_op_and_nothing_for_identity():
+    # The tiny preset's groups start at cells 0, 1 and 3; cell 2 may be empty.
+    masks = np.zeros((3, 4, 5), np.float32)
+    masks[1, 2, 0] = 1.0  # 11 ms
+    masks[2, 0, :2] = 1.0  # 1 + 2 ms in place of the forced 5
+    forced = 5.0 + 10.0 + 20.0
+    expected = [forced, forced + 11.0, forced - 5.0 + 3.0]
+    np.testing.assert_allclose(
+        latency.lookup(make_table().cells_ms, masks, SPEC.forced_cells), expected
+    )
+
+
+def test_baselines_are_op_0_all_and_none():
+    bounds = latency.baselines(make_table(), SPEC)
+    assert bounds.mobilenetv2_ms == 1 + 6 + 11 + 16
+    assert bounds.max_ms == sum(range(1, 21))
+    assert bounds.min_ms == 35.0
+
+
+def test_fixed_parts_leave_the_controller_out_for_static_architectures():
+    assert make_table().fixed_total_ms(controller=True) == 0.875
+    assert make_table().fixed_total_ms(controller=False) == 0.75
+
+
+def test_a_saved_table_loads_equal(tmp_path):
+    table = make_table()
+    latency.save(table, tmp_path / "t.json")
+    loaded = latency.load(tmp_path / "t.json", SPEC, device=table.device)
+    np.testing.assert_array_equal(loaded.cells_ms, table.cells_ms)
+    assert loaded.fixed_ms == table.fixed_ms
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_another_devices_table_is_refused_unless_allowed(tmp_path):
+    latency.save(make_table(), tmp_path / "t.json")
+    here = {"cpu": "Y", "cores": 8}
+    with pytest.raises(InputError, match="cpu=X.*cpu=Y.*--allow_foreign_table"):
+        latency.load(tmp_path / "t.json", SPEC, device=here)
+    latency.load(tmp_path / "t.json", SPEC, device=here, allow_foreign=True)
+
+
+def test_another_supernets_table_is_an_error_naming_both(tmp_path):
+    latency.save(make_table(), tmp_path / "t.json")
+    other = search_space.preset("tiny", num_classes=10, stem_stride=1)
+    with pytest.raises(InputError, match="stem_stride is 2 there, 1 here"):
+        latency.load(tmp_path / "t.json", other)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("schema_version", 9),
+        ("cells_ms", [[1.0]]),
+        ("cells_ms", "fast"),
+        ("fixed_ms", {"stem": 1.0}),
+        ("fixed_ms", {"stem": -1.0, "head": 1.0, "controller": 1.0}),
+        ("spec", 3),
+        ("unknown", 1),
+    ],
+)
+def test_a_damaged_table_is_one_line(tmp_path, field, value):
+    path = tmp_path / "t.json"
+    latency.save(make_table(), path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(InputError) as error:
+        latency.load(path, SPEC)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_no_file_and_no_json_are_one_line(tmp_path):
+    with pytest.raises(InputError, match="experiments.profile"):
+        latency.load(tmp_path / "absent.json", SPEC)
+    (tmp_path / "t.json").write_text("{")
+    with pytest.raises(InputError, match="not JSON"):
+        latency.load(tmp_path / "t.json", SPEC)

@@ -1,0 +1,175 @@
+"""The stages, over one device and over four."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from instanas_jax import augment, data_sources, optimizers, parallel, search, stages, train_state
+from instanas_jax import data as data_lib
+from instanas_jax.search_space import preset, uniform_architecture
+from instanas_jax.stage import Setting
+
+SPEC = preset("tiny", num_classes=10)
+IMAGES = data_lib.split(
+    data_sources.synthetic(train_size=64, test_size=8), validation_size=16
+).train
+BATCH = 16
+CELLS_MS = np.linspace(0.1, 1.0, 20).reshape(4, 5)
+
+
+def make_setting(axis_name: str | None) -> Setting:
+    return Setting(
+        spec=SPEC,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        augmentation=augment.CIFAR,
+        seed=3,
+        lowering="shifted",
+        axis_name=axis_name,
+    )
+
+
+def make_stage(name: str, axis_name: str | None):
+    setting = make_setting(axis_name)
+    sgd = optimizers.SgdSettings(0.05, weight_decay=1e-4)
+    if name == "pretrain":
+        return stages.pretrain(setting, sgd=sgd, total_steps=4)
+    if name == "search":
+        return search.search(
+            setting,
+            cells_ms=CELLS_MS,
+            reward=search.RewardSettings(
+                lower_ms=0.5, upper_start_ms=10.0, upper_end_ms=4.0, negative_weight=-1.0
+            ),
+            controller_optimizer=optimizers.adam(1e-3),
+            supernet_sgd=sgd,
+            total_steps=4,
+            alternation_steps=1,
+        )
+    architecture = uniform_architecture(SPEC, 0) if name == "static" else None
+    return stages.finetune(
+        setting, name=name, sgd=sgd, total_steps=4, static_architecture=architecture
+    )
+
+
+@functools.cache
+def fresh_state():
+    return jax.device_get(train_state.create(jax.random.key(0), SPEC))
+
+
+@functools.cache
+def train(name: str, *, devices: int):
+    """State and metrics after each of four steps on so many devices."""
+    stage = make_stage(name, parallel.AXIS_NAME)
+    programs = [
+        jax.pmap(phase.step, axis_name=parallel.AXIS_NAME, devices=jax.devices()[:devices])
+        for phase in stage.phases
+    ]
+
+    def split(array):
+        return array.reshape(devices, -1, *array.shape[1:])
+
+    state = jax.tree.map(
+        lambda leaf: np.broadcast_to(leaf, (devices, *np.shape(leaf))), stage.init(fresh_state())
+    )
+    history = []
+    batches = data_lib.train_batches(IMAGES, batch_size=BATCH, seed=1, num_steps=4)
+    for index, batch in enumerate(batches):
+        program = programs[stage.phase_at(index)]
+        state, metrics = program(state, jax.tree.map(split, dict(batch)))
+        history.append(jax.device_get((state, metrics)))
+    return history
+
+
+@pytest.mark.parametrize("name", ["pretrain", "search"])
+def test_four_devices_train_as_one(name):
+    """Same global batches: parameters, running statistics and metrics agree to rounding.
+
+    Four steps, two in each phase of the search: longer, its discrete choices amplify rounding.
+    """
+    assert jax.local_device_count() == 4
+    one, one_metrics = train(name, devices=1)[-1]
+    four, four_metrics = train(name, devices=4)[-1]
+    for network in ("supernet", "controller"):
+        ours, theirs = getattr(one, network), getattr(four, network)
+        for kind in ("params", "batch_stats"):
+            a = np.concatenate([leaf[0].ravel() for leaf in jax.tree.leaves(ours[kind])])
+            b = np.concatenate([leaf[0].ravel() for leaf in jax.tree.leaves(theirs[kind])])
+            assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(a), (network, kind)
+    for leaf in jax.tree.leaves(four):  # The replicas stay equal, bit for bit.
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
+    for metric in one_metrics:
+        np.testing.assert_allclose(
+            one_metrics[metric][0], four_metrics[metric][0], rtol=2e-3, atol=1e-4, err_msg=metric
+        )
+
+
+def moved(before, after) -> bool:
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return any(not np.array_equal(a, b[0]) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("name", "supernet_moves", "controller_moves"),
+    [
+        ("pretrain", True, False),
+        ("search", False, True),  # The first phase trains the controller.
+        ("finetune", True, False),
+    ],
+)
+def test_a_phase_moves_its_own_network_alone(name, supernet_moves, controller_moves):
+    state, _ = train(name, devices=1)[0]
+    start = fresh_state()
+    assert moved(start.supernet, state.supernet) == supernet_moves
+    assert moved(start.controller, state.controller) == controller_moves
+
+
+def test_a_static_baseline_moves_its_own_op_alone():
+    state, _ = train("static", devices=1)[0]
+    before = fresh_state().supernet["params"]["cell_00"]
+    after = state.supernet["params"]["cell_00"]
+    used = "project_mbconv_k3_e6"
+    assert moved(before[used], after[used])
+    # Weight decay shrinks the others; no gradient reaches them.
+    unused = before["basic_first"]["kernel"]
+    np.testing.assert_allclose(
+        after["basic_first"]["kernel"][0], unused * (1 - 0.05 * 1e-4 * 1.9), rtol=1e-5
+    )
+
+
+def test_the_search_alternates_phases():
+    stage = make_stage("search", None)
+    assert [stage.phases[stage.phase_at(step)].name for step in range(4)] == [
+        "controller",
+        "supernet",
+        "controller",
+        "supernet",
+    ]
+
+
+def test_path_keep_probability_is_one_then_falls_linearly():
+    # 1 until half way; then 1 - 0.5 * (2p - 1): 0.75 at p = 0.75.
+    values = [float(stages.path_keep_probability(p, final=0.5)) for p in (0, 0.5, 0.75, 1.0)]
+    assert values == [1.0, 1.0, 0.75, 0.5]
+
+
+def test_learning_rate_schedules():
+    step = optimizers.learning_rate_schedule("step", learning_rate=1.0, total_steps=8)
+    np.testing.assert_allclose(
+        [step(i) for i in (0, 4, 5, 6, 7)], [1, 0.1, 0.1, 0.01, 0.01], rtol=1e-6
+    )
+    cosine = optimizers.learning_rate_schedule("cosine", learning_rate=2.0, total_steps=4)
+    np.testing.assert_allclose([cosine(i) for i in (0, 2, 4)], [2.0, 1.0, 0.0], atol=1e-6)
+    one_cycle = optimizers.learning_rate_schedule("one_cycle", learning_rate=1.0, total_steps=10)
+    assert max(float(one_cycle(i)) for i in range(11)) == pytest.approx(1.0)
+    assert float(one_cycle(10)) < 0.01
+
+
+def test_nesterov_sgd_by_hand():
+    # g = 1 + 0.1 * 1 (decay); trace = 1.1; Nesterov step = g + 0.9 * trace = 2.09.
+    optimizer = optimizers.sgd(optimizers.SgdSettings(0.1, weight_decay=0.1), total_steps=10)
+    params = np.float32(1.0)
+    updates, _ = optimizer.update(np.float32(1.0), optimizer.init(params), params)
+    np.testing.assert_allclose(updates, -0.209, rtol=1e-6)
