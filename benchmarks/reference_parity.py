@@ -4,9 +4,9 @@
       --manifest=instanas_reference_manifest.json --output=reference_parity.json
 
 One line a case: the relative error, the norm of the difference over the norm of the reference.
-A case called `..._norms` compares the vector of all tensors' norms; `..._norms_worst` is the
-largest relative error of any one norm. Exit status 1 if a case exceeds its tolerance, 2 if an
-input is wrong.
+A case called `..._norms` compares the vector of all tensors' norms; `..._norms_median` and
+`..._norms_worst` are the median and the largest of the norms' own relative errors. Exit status 1
+if a case exceeds its tolerance, 2 if an input is wrong.
 """
 
 import dataclasses
@@ -48,11 +48,14 @@ _OUTPUT = flags.DEFINE_string(
 TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-3
 
-# One tensor's gradient norm is not defined to 1e-3 in float32: rounding decides which side of its
-# kink a ReLU is on, and a gradient jumps there. Measured on the present reference, largest error
-# of any one norm: the original against our float64, 2.5e-3; our float32 against our float64,
-# 2.1e-3; our float64 against itself with the images changed by 1e-6, 1.1e-2.
-WORST_GRADIENT_TOLERANCE = 5e-3
+# One tensor's gradient norm is not defined to 1e-3 in float32: rounding decides on which side of
+# its kink a ReLU lands, and the gradient jumps there. Measured on the present reference, largest
+# error of any one norm: the original against our network in float64, 2.5e-3; our float32 against
+# our float64, 2.1e-3; our float32 against the original, 2.1e-3, and 1.2e-2 with the four host
+# devices of the tests; our float64 against itself with the images changed by 1e-6, 1.1e-2. With
+# smooth activations in place of ReLU and ReLU6, our float32 and float64 agree to 1.2e-5. Hence
+# the tight tolerance is for all norms together.
+WORST_GRADIENT_TOLERANCE = 5e-2
 
 # A gradient that is zero in exact arithmetic is rounding noise in both programs, so a norm is
 # compared with no less than this share of the largest norm. No tensor of the present reference is
@@ -98,13 +101,14 @@ def compare_norms(
     worst_tolerance: float,
     floor: float = 0.0,
 ) -> Iterator[Case]:
-    """Two cases: the vector of all norms, and the norm that is furthest off.
+    """Three cases: the vector of all norms, the norms' median error, and the largest.
 
     Args:
-      name: of the first case; the second adds `_worst`.
+      name: of the first case; the others add `_median` and `_worst`.
       tensors: ours, by the original's names.
       norms: the original's L2 norms of the same tensors.
-      tolerance, worst_tolerance: of the two cases.
+      tolerance: of the vector and of the median.
+      worst_tolerance: of the largest error.
       floor: share of the largest norm; a smaller norm's error is taken relative to that much.
 
     Raises:
@@ -120,6 +124,7 @@ def compare_norms(
     yield Case(name, relative_error(ours, theirs), tolerance)
 
     errors = np.abs(ours - theirs) / np.maximum(theirs, max(floor * theirs.max(), 1e-30))
+    yield Case(f"{name}_median", float(np.median(errors)), tolerance)
     worst = int(np.argmax(errors))  # The first NaN, if there is one.
     yield Case(f"{name}_worst", float(errors[worst]), worst_tolerance, names[worst])
 
@@ -278,7 +283,7 @@ def _run() -> list[Case]:
             verdict = "ok" if case.passes else "EXCEEDS"
             worst = f"  ({case.worst})" if case.worst else ""
             print(
-                f"{case.name:32s} {case.error:.2e}  tolerance {case.tolerance:.0e}  "
+                f"{case.name:36s} {case.error:.2e}  tolerance {case.tolerance:.0e}  "
                 f"{verdict}{worst}",
                 flush=True,
             )

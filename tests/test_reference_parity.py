@@ -181,18 +181,19 @@ class TestConversion:
 
 
 class TestNorms:
-    def test_vector_and_worst_by_hand(self):
-        """Norms 5 and 2 against 5 and 1: the vector is off by 1 in sqrt(26), the worst by 1."""
+    def test_vector_median_and_worst_by_hand(self):
+        """Norms 5 and 2 against 5 and 1: off by 1 in sqrt(26) together, by 0 and 1 alone."""
         tensors = {"a": np.array([3.0, 4.0]), "b": np.array([2.0])}
-        vector, worst = reference_parity.compare_norms(
+        vector, median, worst = reference_parity.compare_norms(
             "n", tensors, {"a": 5.0, "b": 1.0}, tolerance=0.2, worst_tolerance=0.5
         )
         assert vector.error == pytest.approx(1 / 26**0.5) and vector.passes
+        assert median.error == pytest.approx(0.5) and not median.passes
         assert worst.error == pytest.approx(1.0) and worst.worst == "b" and not worst.passes
 
     def test_floor_forgives_rounding_noise(self):
         tensors = {"a": np.array([5.0]), "b": np.array([2e-9])}
-        _, worst = reference_parity.compare_norms(
+        *_, worst = reference_parity.compare_norms(
             "n", tensors, {"a": 5.0, "b": 0.0}, tolerance=1, worst_tolerance=1e-2, floor=1e-6
         )
         assert worst.error == pytest.approx(2e-9 / 5e-6) and worst.passes

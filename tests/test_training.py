@@ -157,9 +157,8 @@ def test_path_keep_probability_is_one_then_falls_linearly():
 
 def test_learning_rate_schedules():
     step = optimizers.learning_rate_schedule("step", learning_rate=1.0, total_steps=8)
-    np.testing.assert_allclose(
-        [step(i) for i in (0, 4, 5, 6, 7)], [1, 0.1, 0.1, 0.01, 0.01], rtol=1e-6
-    )
+    rates = [float(step(i)) for i in (0, 3, 4, 5, 6)]
+    np.testing.assert_allclose(rates, [1, 1, 0.1, 0.1, 0.01], rtol=1e-6)
     cosine = optimizers.learning_rate_schedule("cosine", learning_rate=2.0, total_steps=4)
     np.testing.assert_allclose([cosine(i) for i in (0, 2, 4)], [2.0, 1.0, 0.0], atol=1e-6)
     one_cycle = optimizers.learning_rate_schedule("one_cycle", learning_rate=1.0, total_steps=10)

@@ -1,0 +1,227 @@
+"""The programs that users run: every shipped flagfile, resuming, and mistakes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from experiments import cifar10, cifar100, digits, run, stage_runner
+from experiments import flags as flags_lib
+from experiments.config import Config, RunConfig, validate_section
+from experiments.workdir import Workdir
+from instanas_jax import augment, data, data_sources, environment, metrics, parallel
+from instanas_jax.errors import InputError
+from tests.test_training import fresh_state, make_stage
+
+ROOT = Path(__file__).parent.parent
+FLAGFILES = sorted((ROOT / "experiments/flagfiles").glob("*.flags"))
+PROGRAMS = {"cifar10": cifar10, "cifar100": cifar100, "digits": digits}
+TINY = [
+    "--preset=tiny",
+    "--width=1",
+    "--stem_stride=0",
+    "--validation_size=16",
+    "--train_limit=64",
+    "--test_limit=24",
+    "--pretrain_epochs=0.5",
+    "--search_epochs=1",
+    "--finetune_epochs=0.25",
+    "--pretrain_batch_size=16",
+    "--search_batch_size=16",
+    "--finetune_batch_size=16",
+    "--variants=2",
+    "--profile_rounds=2",
+    "--timed_images=4",
+    "--eval_epochs=1",
+]
+
+if "workdir" not in flags.FLAGS:
+    flags_lib.define(Config("synthetic"))
+
+
+def parse(*arguments: str) -> None:
+    flags.FLAGS.unparse_flags()
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    flags.FLAGS(["test", *arguments])
+
+
+@pytest.fixture
+def fake_data(monkeypatch):
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda name, **options: load("synthetic", **options))
+
+
+@pytest.mark.parametrize("flagfile", FLAGFILES, ids=lambda path: path.stem)
+def test_every_shipped_flagfile_runs_to_its_results(flagfile, tmp_path, fake_data, capsys):
+    name = flagfile.stem.split("_")[0]
+    parse(f"--flagfile={flagfile}", *TINY, f"--workdir={tmp_path / 'run'}")
+    run._run(name, augment.CIFAR)
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert [row["name"] for row in results["static"]] == ["mobilenetv2"]
+    assert [row["name"] for row in results["variants"]] == ["A", "B"]
+    for row in (*results["static"], *results["variants"]):
+        assert 0.0 <= row["test_accuracy"] <= 1.0
+        assert row["measured_ms"] > 0.0 and row["table_ms"] > 0.0 and row["flops"] > 0.0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    assert stages == ["pretrain", "search", "finetune_mobilenetv2", "finetune_A", "finetune_B"]
+    assert any("validation_accuracy" in row for row in rows)
+    assert any("sampled_reward" in row for row in rows)
+    for file in ("flags.txt", "config.json", "versions.json", "latency_table.json"):
+        assert (tmp_path / "run" / file).stat().st_size > 0
+    assert "mobilenetv2" in capsys.readouterr().out
+    # The same command again reads the finished run and trains nothing.
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    run._run(name, augment.CIFAR)
+    assert "is complete" in capsys.readouterr().out
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_runs_its_own_data(name):
+    assert PROGRAMS[name].DEFAULTS.dataset == name
+    assert name in data_sources.NAMES
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+    """Search, which has two optimizers and two phases: killed after step 3, resumed from 2."""
+    images = data.split(
+        data_sources.synthetic(train_size=64, test_size=8), validation_size=16
+    ).train
+    stage = make_stage("search", parallel.AXIS_NAME)
+
+    def train(directory: Path, kill_at: int | None) -> tuple:
+        def validate(state, step):
+            return {"validation_accuracy": 0.5}
+
+        class Writer(metrics.JsonlWriter):
+            def write(self, step, scalars, stage):
+                super().write(step, scalars, stage)
+                if step == kill_at:
+                    raise Killed
+
+        writer = Writer(directory / "metrics.jsonl")
+        try:
+            return stage_runner.run_stage(
+                stage,
+                fresh_state(),
+                images,
+                total_steps=4,
+                batch_size=16,
+                seed=5,
+                checkpoints=directory / "search",
+                writer=writer,
+                validate=validate,
+                eval_steps=2,
+                log_steps=1,
+                keep_steps=(2, 4),
+            )
+        finally:
+            writer.close()
+
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    whole, _ = train(tmp_path / "whole", None)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", 3)
+    resumed, _ = train(tmp_path / "killed", None)
+    for ours, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    rows = {name: (tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed")}
+    assert rows["whole"] == rows["killed"]
+    kept = stage_runner.restore_kept(tmp_path / "killed/search", 2, stage, fresh_state())
+    assert int(kept.step) == 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--width=9", "--width=9"),
+        ("--width=nan", "--width=nan"),
+        ("--preset=px31", "--preset=px31: choose one of"),
+        ("--search_bounding=0.4", "--search_bounding=0.4: must be 0.5"),
+        ("--search_negative_weight=1", "--search_negative_weight=1"),
+        ("--pretrain_batch_size=0", "--pretrain_batch_size=0"),
+        ("--pretrain_schedule=fast", "--pretrain_schedule=fast"),
+        ("--static_ops=conv9", "unknown op 'conv9'"),
+        ("--static_ops=", "--static_ops is empty"),
+    ],
+)
+def test_a_flag_out_of_range_names_itself(argument, message):
+    parse(argument)
+    with pytest.raises(InputError, match=message) as error:
+        flags_lib.read("digits")
+    assert "\n" not in str(error.value)
+
+
+def test_every_default_is_within_its_range():
+    for config in (module.DEFAULTS for module in PROGRAMS.values()):
+        validate_section(config.data)
+        validate_section(config.pretrain, prefix="pretrain_")
+        validate_section(config.run)
+    assert RunConfig().static_ops == ("mbconv_k3_e6",)
+
+
+class TestWorkdir:
+    def test_belongs_to_one_configuration(self, tmp_path):
+        Workdir(str(tmp_path / "w"), config={"run": {"seed": 0}}, flags_text="")
+        Workdir(str(tmp_path / "w"), config={"run": {"seed": 0}}, flags_text="")
+        before = {path: path.read_bytes() for path in (tmp_path / "w").iterdir()}
+        with pytest.raises(InputError, match="run.seed=0, this one has run.seed=1"):
+            Workdir(str(tmp_path / "w"), config={"run": {"seed": 1}}, flags_text="")
+        assert {path: path.read_bytes() for path in (tmp_path / "w").iterdir()} == before
+
+    def test_a_strangers_folder_is_refused(self, tmp_path):
+        (tmp_path / "thesis.tex").write_text("precious")
+        with pytest.raises(InputError, match="not a run's"):
+            Workdir(str(tmp_path), config={}, flags_text="")
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+    def test_a_file_or_nothing_is_refused(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(InputError, match="cannot be used"):
+            Workdir(str(tmp_path / "file" / "w"), config={}, flags_text="")
+        with pytest.raises(InputError, match="--workdir is not set"):
+            Workdir("", config={}, flags_text="")
+
+
+def test_a_mistake_is_one_line_and_status_2(tmp_path):
+    """Through the real program: an absent data set names the folder and the remedy."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "experiments.cifar100",
+            f"--data_dir={tmp_path}",
+            f"--workdir={tmp_path / 'w'}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    assert str(tmp_path) in lines[0] and "tfds build cifar100" in lines[0]
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_foreign_table_is_refused_by_the_program(tmp_path, fake_data):
+    parse(*TINY, f"--workdir={tmp_path / 'w'}", f"--latency_table={tmp_path / 'none.json'}")
+    with pytest.raises(InputError, match="cannot be read"):
+        run._run("synthetic", augment.CIFAR)
+
+
+def test_the_device_is_described():
+    assert {"cpu", "cores"} <= set(environment.describe_device())
