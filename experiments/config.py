@@ -10,7 +10,7 @@ from typing import Any
 
 from instanas_jax.errors import InputError
 from instanas_jax.optimizers import SCHEDULE_KINDS
-from instanas_jax.search_space import CANDIDATE_OPS, PRESETS, op_index
+from instanas_jax.search_space import CANDIDATE_OPS, JOINS, PRESETS, op_index
 
 
 def setting(
@@ -45,6 +45,12 @@ class ModelConfig:
     stem_stride: int = setting(
         0, "Stride of the stem in pixels; 0: the preset's.", minimum=0, maximum=2
     )
+    join: str = setting(
+        "sum", "How a cell's active paths become one: the paper's sum, or mean.", choices=JOINS
+    )
+    controller_channels: int = setting(
+        0, "Channels of the controller's first segment; 0: the preset's.", minimum=0
+    )
     dtype: str = setting("float32", "Type of activations.", choices=("float32", "bfloat16"))
 
 
@@ -56,10 +62,13 @@ class PretrainConfig:
     schedule: str = setting("step", "Learning-rate schedule.", choices=SCHEDULE_KINDS)
     weight_decay: float = setting(1e-4, "L2 penalty.", minimum=0.0)
     final_keep: float = setting(
-        0.5,
-        "Path dropout: probability that a path is on at the end; 1 for the first half.",
-        minimum=0.05,
-        maximum=1.0,
+        0.5, "Path dropout: probability that a path is on at the end.", minimum=0.05, maximum=1.0
+    )
+    dropout_start: float = setting(
+        0.5, "Path dropout: share of the epochs with all paths on.", minimum=0.0, maximum=0.99
+    )
+    dropout_end: float = setting(
+        1.0, "Path dropout: share of the epochs after which it stays.", minimum=0.01, maximum=1.0
     )
 
 

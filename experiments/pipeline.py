@@ -185,6 +185,8 @@ class Pipeline:
             ),
             total_steps=total_steps,
             final_keep=section.final_keep,
+            dropout_start=section.dropout_start,
+            dropout_end=section.dropout_end,
         )
         fresh = train_state.create(jax.random.key(self.config.run.seed), self.spec)
         everything_on = np.ones(self.spec.mask_shape, np.float32)
@@ -213,7 +215,7 @@ class Pipeline:
         )
         directory = self.workdir.checkpoints(stage.name)
         snapshots = {
-            name: stage_runner.restore_kept(directory, step, stage, pretrained)
+            name: stage_runner.restore_kept(directory, step, pretrained)
             for name, step in zip(string.ascii_uppercase, keep_steps, strict=False)
         }
         return snapshots, seconds
@@ -221,7 +223,7 @@ class Pipeline:
     def _search_stage(self, total_steps: int, epoch_steps: int) -> Stage:
         section = self.config.search
         bounds = latency.baselines(self.table, self.spec)
-        decay_steps = round(section.controller_decay_epochs * epoch_steps / 2)
+        decay_steps = round(section.controller_decay_epochs * epoch_steps)
         return search.search(
             self.setting,
             cells_ms=self.table.cells_ms,
@@ -236,8 +238,8 @@ class Pipeline:
                 entropy_weight=section.entropy_weight,
                 entropy_kind=section.entropy_kind,  # pyright: ignore[reportArgumentType]
             ),
-            controller_optimizer=optimizers.adam(
-                section.controller_learning_rate, decay_every_steps=decay_steps or None
+            controller_rate=optimizers.decay_schedule(
+                section.controller_learning_rate, decay_steps=decay_steps or None
             ),
             supernet_sgd=optimizers.SgdSettings(section.supernet_learning_rate, momentum=0.0),
             total_steps=total_steps,
@@ -302,4 +304,6 @@ def make_spec(config: Config, *, num_classes: int) -> search_space.SupernetSpec:
         num_classes=num_classes,
         width=config.model.width,
         stem_stride=config.model.stem_stride or None,
+        controller_channels=config.model.controller_channels or None,
+        join=config.model.join,  # pyright: ignore[reportArgumentType]
     )

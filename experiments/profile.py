@@ -26,6 +26,8 @@ def _measure() -> None:
         num_classes=flags.FLAGS.num_classes,
         width=model.width,
         stem_stride=model.stem_stride or None,
+        controller_channels=model.controller_channels or None,
+        join=model.join,
     )
     with tqdm(total=run.profile_rounds, desc="latency table", unit="round") as bar:
         table = profiling.measure(spec, rounds=run.profile_rounds, on_round=bar.update)

@@ -114,10 +114,12 @@ def _predictors(
         )
         for name, (state, architecture) in statics.items()
     }
-    skipping = inference.SkippingProgram(setting.spec, **common)
     for name, state in variants.items():
-        predictors[name] = skipping.predictor(
-            supernet_variables=state.supernet, controller_variables=state.controller
+        predictors[name] = inference.make_predictor(
+            setting.spec,
+            supernet_variables=state.supernet,
+            controller_variables=state.controller,
+            **common,
         )
     return predictors
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from instanas_jax import checkpoint, data, metrics, parallel, train_loop
+from instanas_jax import checkpoint, data, metrics, parallel, train_loop, train_state
 from instanas_jax.stage import Stage
 from instanas_jax.train_state import TrainState
 
@@ -51,7 +51,7 @@ def run_stage(
     kept = (
         checkpoint.StageCheckpoints(kept_directory(checkpoints), keep=None) if keep_steps else None
     )
-    fresh = {"state": jax.device_get(stage.init(state)), "seconds": np.zeros(())}
+    fresh = {"state": jax.device_get(train_state.restart(state)), "seconds": np.zeros(())}
     done, saved = rolling.restore_latest(fresh) or (0, fresh)
     writer.truncate_after(done if done else -1, stage.name)
     # Resuming must start from the same bits as going on: the host copy of the state.
@@ -97,10 +97,10 @@ def kept_directory(checkpoints: Path) -> Path:
     return checkpoints.with_name(checkpoints.name + "_kept")
 
 
-def restore_kept(checkpoints: Path, step: int, stage: Stage, like: TrainState) -> TrainState:
+def restore_kept(checkpoints: Path, step: int, like: TrainState) -> TrainState:
     """The state that the stage kept after `step` updates, on the host."""
     manager = checkpoint.StageCheckpoints(kept_directory(checkpoints), keep=None)
-    abstract = {"state": jax.eval_shape(stage.init, like), "seconds": np.zeros(())}
+    abstract = {"state": like, "seconds": np.zeros(())}
     try:
         return manager.restore(step, abstract)["state"]
     finally:

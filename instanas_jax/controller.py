@@ -35,6 +35,7 @@ def cost(spec: SupernetSpec) -> Cost:
         total = conv_cost(size, 7, 3, channels)
         size = (size + 1) // 2
     else:
+        size = (size - 1) // spec.stem_stride + 1
         total = conv_cost(size, 3, 3, channels)
     for out_channels, stride in _segments(spec):
         projects = _projects(spec, channels, out_channels, stride)
@@ -80,7 +81,11 @@ def _pooled_shortcut(x: jax.Array, channels: int, stride: int) -> jax.Array:
 
 
 def _average_pool(x: jax.Array, size: int) -> jax.Array:
-    return x if size == 1 else nn.avg_pool(x, (size, size), (size, size))
+    if size == 1:
+        return x
+    batch, height, width, channels = x.shape
+    tiles = x.reshape(batch, height // size, size, width // size, size, channels)
+    return jnp.mean(tiles, axis=(2, 4))  # Windows do not overlap; faster than reduce_window.
 
 
 def _max_pool(x: jax.Array) -> jax.Array:
@@ -105,7 +110,9 @@ class _Controller(nn.Module):
             x = ConvBatchNorm("dense", spec.controller_channels, 7, 2, name="stem", **common)(x)
             x = _max_pool(x)
         else:
-            x = ConvBatchNorm("dense", spec.controller_channels, 3, name="stem", **common)(images)
+            x = ConvBatchNorm(
+                "dense", spec.controller_channels, 3, spec.stem_stride, name="stem", **common
+            )(images)
         for index, (channels, stride) in enumerate(_segments(spec)):
             projects = _projects(spec, x.shape[-1], channels, stride)
             x = _Block(channels, stride, projects, name=f"segment_{index}", **common)(x)
@@ -163,7 +170,9 @@ def apply_eval(
         x = layers.conv_bias(x, folded["stem"], kind="dense", stride=2, lowering=lowering)
         x = _max_pool(x)
     else:
-        x = layers.conv_bias(x, folded["stem"], kind="dense", lowering=lowering)
+        x = layers.conv_bias(
+            x, folded["stem"], kind="dense", stride=spec.stem_stride, lowering=lowering
+        )
     for index, (channels, stride) in enumerate(_segments(spec)):
         x = _apply_block(folded[f"segment_{index}"], x, channels, stride, lowering)
     features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))

@@ -69,7 +69,7 @@ def apply_skipping(
 
             chosen = resolved[0, index, op] > 0.5
             total = lax.cond(chosen, run, lambda x, total: total, x, total)
-        x = total
+        x = total * ops.join_scale(resolved[0, index], spec.join)
     return supernet.apply_head(weights, x, lowering=lowering)
 
 
@@ -91,46 +91,43 @@ def apply_static(
             ops.apply_op(cell, CANDIDATE_OPS[op], weights["paths"][index][op], x, lowering=lowering)
             for op in np.flatnonzero(chosen[index])
         ]
-        x = sum(outputs[1:], start=outputs[0]) if outputs else x
+        if outputs:
+            x = sum(outputs[1:], start=outputs[0])
+            x = x * (1.0 / len(outputs) if spec.join == "mean" else 1.0)
     return supernet.apply_head(weights, x, lowering=lowering)
 
 
-class SkippingProgram:
-    """One compiled program for all networks of a spec: weights are its arguments."""
+def make_predictor(
+    spec: SupernetSpec,
+    *,
+    supernet_variables: dict[str, Any],
+    controller_variables: dict[str, Any],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    lowering: convolution.Lowering,
+) -> Predict:
+    """A compiled function of one image, uint8 [H, W, 3], with real skipping inside.
 
-    def __init__(
-        self,
-        spec: SupernetSpec,
-        *,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-        lowering: convolution.Lowering,
-    ):
-        self._spec = spec
+    Weights are constants of the program: as arguments, hundreds of arrays a call cost the host
+    more than a small network computes.
 
-        @jax.jit
-        def predict(weights, image):
-            normalised = augment.normalise(image[None], mean=mean, std=std)
-            policy_logits = controller.apply_eval(
-                spec, weights["controller"], normalised, lowering=lowering
-            )
-            mask = policy.greedy(policy_logits)
-            class_logits = apply_skipping(
-                spec, weights["supernet"], normalised, mask, lowering=lowering
-            )
-            return class_logits[0], mask[0]
+    Returns:
+      A function giving class_logits [K] and the mask that ran [L, O].
+    """
+    weights = _on_host(_folded_weights(spec, supernet_variables))
+    controller_weights = _on_host(jax.jit(controller.fold)(controller_variables))
 
-        self._predict = predict
+    @jax.jit
+    def predict(image):
+        normalised = augment.normalise(image[None], mean=mean, std=std)
+        policy_logits = controller.apply_eval(
+            spec, controller_weights, normalised, lowering=lowering
+        )
+        mask = policy.greedy(policy_logits)
+        class_logits = apply_skipping(spec, weights, normalised, mask, lowering=lowering)
+        return class_logits[0], mask[0]
 
-    def predictor(
-        self, *, supernet_variables: dict[str, Any], controller_variables: dict[str, Any]
-    ) -> Predict:
-        """A function of one image, uint8 [H, W, 3], giving class_logits [K] and mask [L, O]."""
-        weights = {
-            "supernet": _folded_weights(self._spec, supernet_variables),
-            "controller": jax.jit(controller.fold)(controller_variables),
-        }
-        return lambda image: self._predict(weights, image)
+    return predict
 
 
 def make_static_predictor(
@@ -142,16 +139,21 @@ def make_static_predictor(
     std: tuple[float, float, float],
     lowering: convolution.Lowering,
 ) -> Predict:
-    """As `SkippingProgram.predictor`, without a controller: compiled for one architecture."""
-    weights = _folded_weights(spec, supernet_variables)
+    """As `make_predictor`, without a controller: compiled for one architecture [L, O]."""
+    weights = _on_host(_folded_weights(spec, supernet_variables))
 
     @jax.jit
-    def predict(weights, image):
+    def predict(image):
         normalised = augment.normalise(image[None], mean=mean, std=std)
         class_logits = apply_static(spec, weights, normalised, architecture, lowering=lowering)
         return class_logits[0], jnp.asarray(architecture)
 
-    return lambda image: predict(weights, image)
+    return predict
+
+
+def _on_host(weights: Weights) -> Weights:
+    """As numpy arrays, which a traced function embeds as constants."""
+    return jax.tree.map(np.asarray, weights)
 
 
 def time_in_turn(predictors: dict[str, Predict], images: Iterable[np.ndarray]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from instanas_jax import convolution, layers
 from instanas_jax.layers import ConvBatchNorm, Folded, conv_bias
-from instanas_jax.search_space import CANDIDATE_OPS, CellSpec, OpSpec
+from instanas_jax.search_space import CANDIDATE_OPS, CellSpec, Join, OpSpec
 
 ALL_OPS = tuple(range(len(CANDIDATE_OPS)))
 MBCONV_OPS = tuple(index for index in ALL_OPS if not CANDIDATE_OPS[index].is_basic)
@@ -50,11 +50,13 @@ class Cell(nn.Module):
     Attributes:
       cell: shapes.
       enabled: ops that may run at all, in order; the others are not computed.
+      join: how active paths become one output, see `join_scale`.
       lowering, axis_name: see `layers.ConvBatchNorm`.
     """
 
     cell: CellSpec
     enabled: tuple[int, ...]
+    join: Join
     lowering: convolution.Lowering
     axis_name: str | None
 
@@ -68,7 +70,7 @@ class Cell(nn.Module):
         total = jnp.asarray(_pass_through(self.cell, x, mask, identity))
         for op, y in outputs.items():
             total = total + jnp.where(_per_image(mask[:, op]) > 0.5, y, 0.0)
-        return total
+        return _joined(total, mask, self.join)
 
     def _common(self) -> dict:
         return {"lowering": self.lowering, "axis_name": self.axis_name}
@@ -126,6 +128,25 @@ def _per_image(values: jax.Array) -> jax.Array:
     return values[:, None, None, None]
 
 
+def join_scale(mask: jax.Array, join: Join) -> jax.Array:
+    """What the sum of a cell's paths is multiplied by: 1, or 1 / (active paths) for the mean.
+
+    Args:
+      mask: [..., O], the empty-cell rule applied; a cell that is passed through has no path on.
+
+    Returns:
+      [...].
+    """
+    active = jnp.sum(mask, axis=-1)
+    return jnp.ones_like(active) if join == "sum" else 1.0 / jnp.maximum(active, 1.0)
+
+
+def _joined(total: jax.Array, mask: jax.Array, join: Join) -> jax.Array:
+    if join == "sum":
+        return total
+    return total * _per_image(join_scale(mask, join)).astype(total.dtype)
+
+
 def _pass_through(
     cell: CellSpec, x: jax.Array, mask: jax.Array, identity: jax.Array
 ) -> jax.Array | float:
@@ -147,6 +168,7 @@ def apply_cell(
     mask: jax.Array,
     identity: jax.Array,
     *,
+    join: Join,
     lowering: convolution.Lowering,
 ) -> jax.Array:
     """One cell in evaluation mode, every path computed.
@@ -192,7 +214,8 @@ def apply_cell(
         x,
         lowering=lowering,
     )
-    return total + jnp.where(_per_image(mask[:, BASIC_OP]) > 0.5, basic, 0.0)
+    total = total + jnp.where(_per_image(mask[:, BASIC_OP]) > 0.5, basic, 0.0)
+    return _joined(total, mask, join)
 
 
 def op_weights(cell: CellSpec, folded: Folded, op: int) -> Folded:

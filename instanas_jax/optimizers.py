@@ -1,17 +1,22 @@
-"""Learning-rate schedules and optimizers of the three stages."""
+"""Learning-rate schedules and optimizers of the three stages.
+
+Hyper-parameters may be traced: a program that takes them as inputs serves every stage.
+"""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import optax
 
 ScheduleKind = Literal["constant", "step", "cosine", "one_cycle"]
 SCHEDULE_KINDS: tuple[ScheduleKind, ...] = ("constant", "step", "cosine", "one_cycle")
+Number = jax.Array | float
 
 
 @dataclasses.dataclass(frozen=True)
 class SgdSettings:
-    """Stochastic gradient descent with decoupled schedule.
+    """Stochastic gradient descent with Nesterov momentum (0: plain).
 
     Weight decay is added to the gradient, of batch-norm parameters too, as in PyTorch.
     """
@@ -42,24 +47,35 @@ def learning_rate_schedule(
     return optax.constant_schedule(learning_rate)
 
 
-def sgd(settings: SgdSettings, *, total_steps: int) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum (none if it is 0) over `total_steps` updates."""
-    schedule = learning_rate_schedule(
-        settings.schedule, learning_rate=settings.learning_rate, total_steps=total_steps
-    )
-    momentum = settings.momentum or None
-    return optax.chain(
-        optax.add_decayed_weights(settings.weight_decay),
-        optax.sgd(schedule, momentum=momentum, nesterov=momentum is not None),
-    )
+def decay_schedule(learning_rate: float, *, decay_steps: int | None) -> optax.Schedule:
+    """Falls to a tenth after every `decay_steps` updates; None: constant."""
+    if decay_steps is None:
+        return optax.constant_schedule(learning_rate)
+    return optax.exponential_decay(learning_rate, decay_steps, 0.1, staircase=True)
 
 
-def adam(
-    learning_rate: float, *, decay_every_steps: int | None = None
+def sgd(
+    learning_rate: Number, momentum: Number, weight_decay: Number
 ) -> optax.GradientTransformation:
-    """Adam; the rate falls to a tenth after every `decay_every_steps` updates."""
-    if decay_every_steps is None:
-        return optax.adam(learning_rate)
-    return optax.adam(
-        optax.exponential_decay(learning_rate, decay_every_steps, 0.1, staircase=True)
+    """SGD with Nesterov momentum."""
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),  # pyright: ignore[reportArgumentType]
+        optax.trace(momentum, nesterov=True),  # pyright: ignore[reportArgumentType]
+        optax.scale(-learning_rate),  # pyright: ignore[reportArgumentType]
     )
+
+
+def adam(learning_rate: Number) -> optax.GradientTransformation:
+    """Adam without weight decay."""
+    return optax.chain(
+        optax.scale_by_adam(),
+        optax.scale(-learning_rate),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def init(supernet_params: Any, controller_params: Any) -> dict[str, Any]:
+    """Fresh optimizer states of both networks."""
+    return {
+        "supernet": sgd(0.0, 0.0, 0.0).init(supernet_params),
+        "controller": adam(0.0).init(controller_params),
+    }

@@ -47,7 +47,11 @@ def replicate(tree: Any) -> Any:
 
 def unreplicate(tree: Any) -> Any:
     """One device's copy of a replicated pytree, on the host."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_shards[0].data)[0], tree)
+
+    def first(leaf: jax.Array) -> np.ndarray:
+        return np.asarray(np.asarray(leaf.addressable_shards[0].data)[0])
+
+    return jax.tree.map(first, tree)
 
 
 def shard(batch: Any) -> Any:
@@ -60,9 +64,10 @@ def shard(batch: Any) -> Any:
 
 @functools.lru_cache(maxsize=32)
 def compile_step(step: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-    """A train step over replicated state, whose buffers it takes over, and a sharded batch.
+    """A function (replicated state, sharded inputs) -> (state, metrics) that takes over the
+    state's buffers.
 
-    The same step gives the same program, so that stages which share it compile once.
+    The same function gives the same program, so that stages which share it compile once.
     """
     return jax.pmap(step, axis_name=AXIS_NAME, donate_argnums=0)
 
@@ -76,6 +81,7 @@ def compile_sums(evaluate: Callable[[Any, Any], Any]) -> Callable[[Any, Any], An
     return jax.pmap(summed, axis_name=AXIS_NAME)
 
 
+@functools.lru_cache(maxsize=32)
 def compile_map(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """A function (replicated inputs, sharded batch) -> one result an image, still sharded."""
     return jax.pmap(function, axis_name=AXIS_NAME)

@@ -22,6 +22,7 @@ from instanas_jax import (
 )
 from instanas_jax.stage import (
     Batch,
+    Inputs,
     Metrics,
     Phase,
     Setting,
@@ -32,8 +33,8 @@ from instanas_jax.stage import (
     is_correct,
     mean_over_devices,
     policy_logits_of,
-    restart,
-    train_supernet,
+    supernet_inputs,
+    supernet_update,
 )
 from instanas_jax.train_state import TrainState
 
@@ -58,7 +59,7 @@ def search(
     *,
     cells_ms: np.ndarray,
     reward: RewardSettings,
-    controller_optimizer: optax.GradientTransformation,
+    controller_rate: optax.Schedule,
     supernet_sgd: optimizers.SgdSettings,
     total_steps: int,
     alternation_steps: int,
@@ -67,14 +68,14 @@ def search(
 
     Args:
       cells_ms: [L, O].
+      controller_rate: Adam's learning rate after so many updates of either phase.
       total_steps: of both phases together.
       alternation_steps: updates before the phase changes: an epoch's, or 1.
     """
     spec = setting.spec
-    supernet_optimizer = optimizers.sgd(supernet_sgd, total_steps=total_steps // 2)
-
-    def init(state: TrainState) -> TrainState:
-        return restart(state, supernet=supernet_optimizer, controller=controller_optimizer)
+    supernet_rate = optimizers.learning_rate_schedule(
+        supernet_sgd.schedule, learning_rate=supernet_sgd.learning_rate, total_steps=total_steps
+    )
 
     def reward_of(
         class_logits: jax.Array, labels: jax.Array, mask: jax.Array, step: jax.Array
@@ -98,10 +99,13 @@ def search(
         )
         return total, latency_ms, correct
 
-    def controller_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        labels = batch["label"]
+    def controller_prepare(state: TrainState, batch: Batch) -> Inputs:
+        draws = draw_keys(setting, "search", state.step, batch["label"].shape[0])
+        return {"image": augmented(setting, draws, batch), "label": batch["label"]}
+
+    def controller_update(state: TrainState, inputs: Inputs) -> tuple[TrainState, Metrics]:
+        images, labels = inputs["image"], inputs["label"]
         draws = draw_keys(setting, "search", state.step, labels.shape[0])
-        images = augmented(setting, draws, batch)
         frozen_supernet = supernet.fold(state.supernet)
 
         def loss_fn(params):
@@ -156,7 +160,10 @@ def search(
         gradients, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(params)
         gradients = mean_over_devices(setting, gradients)
         params, optimizer_state = apply_gradients(
-            controller_optimizer, gradients, state.optimizer["controller"], params
+            optimizers.adam(jnp.asarray(controller_rate(state.step))),
+            gradients,
+            state.optimizer["controller"],
+            params,
         )
         new_state = dataclasses.replace(
             state,
@@ -166,20 +173,24 @@ def search(
         )
         return new_state, mean_over_devices(setting, metrics)
 
-    def supernet_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        draws = draw_keys(setting, "search", state.step, batch["image"].shape[0])
+    def supernet_prepare(state: TrainState, batch: Batch) -> Inputs:
+        labels = batch["label"]
+        draws = draw_keys(setting, "search", state.step, labels.shape[0])
         images = augmented(setting, draws, batch)
         policy_logits = policy_logits_of(setting, state, images)
         masks = policy.sample(draws.mask, policy_logits, bounding=reward.bounding)
         # The policy of one image trains the weights on another, which keeps them of use to
         # many masks (facts of the authors' program).
         masks = _shuffle_over_batch(setting, draws.batch, masks)
-        return train_supernet(
-            setting, supernet_optimizer, state, draws, images, batch["label"], masks
+        return supernet_inputs(
+            images, labels, masks, sgd=supernet_sgd, learning_rate=supernet_rate(state.step)
         )
 
-    phases = (Phase("controller", controller_step), Phase("supernet", supernet_step))
-    return Stage("search", init, phases, lambda step: (step // alternation_steps) % 2)
+    phases = (
+        Phase("controller", controller_prepare, controller_update),
+        Phase("supernet", supernet_prepare, supernet_update(setting)),
+    )
+    return Stage("search", phases, lambda step: (step // alternation_steps) % 2)
 
 
 def _shuffle_over_batch(setting: Setting, key: jax.Array, masks: jax.Array) -> jax.Array:

@@ -12,6 +12,8 @@ import numpy as np
 
 from instanas_jax.errors import InputError
 
+Join = Literal["sum", "mean"]
+JOINS: tuple[Join, ...] = ("sum", "mean")
 ControllerKind = Literal["residual_small", "residual_large"]
 
 
@@ -83,12 +85,20 @@ class GroupSpec:
 
 @dataclasses.dataclass(frozen=True)
 class SupernetSpec:
-    """Everything that fixes the shapes of a supernet and of its controller."""
+    """Everything that fixes the function of a supernet and the shapes of its controller.
+
+    `join` says how a cell's active paths become its output. `sum` is the paper's. Each active
+    MBConv path adds the cell's input, so a sum grows with every path that is on, by up to 4 a cell,
+    and batch norm sees images of very different scales side by side. `mean`, the join of
+    FractalNet's drop-path (arXiv 1605.07648, section 3), keeps the scale whatever the mask, and
+    a supernet then survives path dropout after a few epochs rather than hundreds.
+    """
 
     name: str
     image_size: int
     num_classes: int
     groups: tuple[GroupSpec, ...]
+    join: Join = "sum"
     stem_channels: int = 32
     stem_stride: int = 1
     head_channels: int = 1280
@@ -146,7 +156,13 @@ PRESETS = ("px32", "px64", "px224", "tiny")
 
 
 def preset(
-    name: str, *, num_classes: int, width: float = 1.0, stem_stride: int | None = None
+    name: str,
+    *,
+    num_classes: int,
+    width: float = 1.0,
+    stem_stride: int | None = None,
+    join: Join = "sum",
+    controller_channels: int | None = None,
 ) -> SupernetSpec:
     """A named spec: `px32`, `px64`, `px224` as published, or `tiny` (4 cells, for tests).
 
@@ -155,6 +171,8 @@ def preset(
       num_classes: `K`.
       width: multiplies every channel count but the controller's; channels are rounded to
         multiples of 8, and the head is not shrunk under 1280 (both MobileNetV2's rules).
+      controller_channels: replaces the preset's width of the controller's first segment.
+      join: see `SupernetSpec`.
       stem_stride: replaces the preset's stride of the stem; 2 quarters the cost of every cell.
 
     Raises:
@@ -194,6 +212,13 @@ def preset(
             head_channels=32,
             controller_channels=4,
         )
+    if join not in JOINS:
+        raise InputError(f"join={join}: choose one of {', '.join(JOINS)}")
+    if controller_channels is not None and controller_channels < 1:
+        raise InputError(f"controller_channels={controller_channels}: choose 1 or more")
+    spec = dataclasses.replace(
+        spec, join=join, controller_channels=controller_channels or spec.controller_channels
+    )
     return _scale(spec, width=width, stem_stride=stem_stride)
 
 

@@ -6,6 +6,7 @@ and a run on another number of devices draw the same numbers.
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -16,36 +17,45 @@ import numpy as np
 import optax
 from jax import lax
 
-from instanas_jax import augment, controller, convolution, supernet
+from instanas_jax import augment, controller, convolution, optimizers, supernet
 from instanas_jax.search_space import SupernetSpec
 from instanas_jax.train_state import TrainState
 
 Batch = dict[str, jax.Array]  # image uint8 [B, H, W, 3], label int32 [B], weight float32 [B]
+Inputs = dict[str, jax.Array]  # What `Phase.prepare` decided for one update.
 Metrics = dict[str, jax.Array]
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One kind of update; metrics of different phases have different names."""
+    """One kind of update, in two programs.
+
+    `prepare` augments the images and decides masks and learning rate; it differs from stage to
+    stage and is small. `update` is the costly half, and where two stages share it (pretrain,
+    search and finetune train the supernet by the same `supernet_update`) it compiles once.
+    Metrics of different phases have different names.
+    """
 
     name: str
-    step: Step
+    prepare: Callable[[TrainState, Batch], Inputs]
+    update: Callable[[TrainState, Inputs], tuple[TrainState, Metrics]]
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Both halves in one."""
+        return self.update(state, self.prepare(state, batch))
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage's behaviour as a value.
+    """A stage's behaviour as a value; it starts from `train_state.restart`.
 
     Attributes:
       name: also the name of its checkpoints.
-      init: takes the networks of the stage before, gives a state at step 0.
       phases: the kinds of update.
       phase_at: index into `phases` of the update with this number.
     """
 
     name: str
-    init: Callable[[TrainState], TrainState]
     phases: tuple[Phase, ...]
     phase_at: Callable[[int], int] = lambda step: 0
 
@@ -114,53 +124,83 @@ def apply_gradients(
     return optax.apply_updates(params, updates), state
 
 
-def train_supernet(
-    setting: Setting,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    draws: Draws,
+def supernet_inputs(
     images: jax.Array,
     labels: jax.Array,
     mask: jax.Array,
     *,
-    static_architecture: np.ndarray | None = None,
-) -> tuple[TrainState, Metrics]:
-    """Cross-entropy under the given masks; the controller stays as it is."""
-
-    def loss_fn(params):
-        class_logits, batch_stats = supernet.apply_train(
-            setting.spec,
-            {"params": params, "batch_stats": state.supernet["batch_stats"]},
-            images,
-            mask,
-            dropout_key=draws.batch,
-            lowering=setting.lowering,
-            dtype=setting.dtype,
-            axis_name=setting.axis_name,
-            static_architecture=static_architecture,
-        )
-        return _cross_entropy(class_logits, labels), (class_logits, batch_stats)
-
-    params = state.supernet["params"]
-    (loss, (class_logits, batch_stats)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-        params
-    )
-    gradients = mean_over_devices(setting, gradients)
-    params, optimizer_state = apply_gradients(
-        optimizer, gradients, state.optimizer["supernet"], params
-    )
-    metrics = {
-        "loss": loss,
-        "accuracy": jnp.mean(is_correct(class_logits, labels)),
-        "active_paths": jnp.mean(jnp.sum(mask, axis=(-2, -1))),
+    sgd: optimizers.SgdSettings,
+    learning_rate: jax.typing.ArrayLike,
+) -> Inputs:
+    """What `supernet_update` reads; numbers rather than constants, so that stages share it."""
+    return {
+        "image": images,
+        "label": labels,
+        "mask": mask,
+        "learning_rate": jnp.asarray(learning_rate, jnp.float32),
+        "momentum": jnp.asarray(sgd.momentum, jnp.float32),
+        "weight_decay": jnp.asarray(sgd.weight_decay, jnp.float32),
     }
-    new_state = dataclasses.replace(
-        state,
-        step=state.step + 1,
-        supernet={"params": params, "batch_stats": batch_stats},
-        optimizer={**state.optimizer, "supernet": optimizer_state},
-    )
-    return new_state, mean_over_devices(setting, metrics)
+
+
+# A setting's update is one function object, by which compiled programs are found again.
+@functools.lru_cache(maxsize=32)
+def supernet_update(
+    setting: Setting, static_architecture: tuple[tuple[float, ...], ...] | None = None
+) -> Callable[[TrainState, Inputs], tuple[TrainState, Metrics]]:
+    """Cross-entropy under given masks by SGD; the controller stays as it is.
+
+    Args:
+      static_architecture: [L, O] as nested tuples where every mask is this one: then only its
+        paths are computed.
+    """
+    architecture = None if static_architecture is None else np.array(static_architecture)
+
+    def update(state: TrainState, inputs: Inputs) -> tuple[TrainState, Metrics]:
+        dropout_key = jax.random.fold_in(jax.random.key(setting.seed), state.step)
+
+        def loss_fn(params):
+            class_logits, batch_stats = supernet.apply_train(
+                setting.spec,
+                {"params": params, "batch_stats": state.supernet["batch_stats"]},
+                inputs["image"],
+                inputs["mask"],
+                dropout_key=dropout_key,
+                lowering=setting.lowering,
+                dtype=setting.dtype,
+                axis_name=setting.axis_name,
+                static_architecture=architecture,
+            )
+            return _cross_entropy(class_logits, inputs["label"]), (class_logits, batch_stats)
+
+        params = state.supernet["params"]
+        (loss, (class_logits, batch_stats)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+            params
+        )
+        optimizer = optimizers.sgd(
+            inputs["learning_rate"], inputs["momentum"], inputs["weight_decay"]
+        )
+        params, optimizer_state = apply_gradients(
+            optimizer,
+            mean_over_devices(setting, gradients),
+            state.optimizer["supernet"],
+            params,
+        )
+        metrics = {
+            "loss": loss,
+            "accuracy": jnp.mean(is_correct(class_logits, inputs["label"])),
+            "active_paths": jnp.mean(jnp.sum(inputs["mask"], axis=(-2, -1))),
+            "learning_rate": inputs["learning_rate"],
+        }
+        new_state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            supernet={"params": params, "batch_stats": batch_stats},
+            optimizer={**state.optimizer, "supernet": optimizer_state},
+        )
+        return new_state, mean_over_devices(setting, metrics)
+
+    return update
 
 
 def policy_logits_of(setting: Setting, state: TrainState, images: jax.Array) -> jax.Array:
@@ -170,16 +210,4 @@ def policy_logits_of(setting: Setting, state: TrainState, images: jax.Array) -> 
         images,
         lowering=setting.lowering,
         dtype=setting.dtype,
-    )
-
-
-def restart(state: TrainState, **trained: optax.GradientTransformation) -> TrainState:
-    """The networks of `state` at step 0 with fresh optimizers for those named."""
-    return dataclasses.replace(
-        state,
-        step=jnp.zeros((), jnp.int32),
-        optimizer={
-            name: optimizer.init(getattr(state, name)["params"])
-            for name, optimizer in trained.items()
-        },
     )

@@ -10,23 +10,29 @@ import numpy as np
 from instanas_jax import optimizers, policy
 from instanas_jax.stage import (
     Batch,
-    Metrics,
+    Inputs,
     Phase,
     Setting,
     Stage,
     augmented,
     draw_keys,
     policy_logits_of,
-    restart,
-    train_supernet,
+    supernet_inputs,
+    supernet_update,
 )
 from instanas_jax.train_state import TrainState
 
 
-def path_keep_probability(progress: jax.Array | float, *, final: float) -> jax.Array:
-    """Path dropout's keep probability: 1 for the first half, then linearly down to `final`."""
-    fraction = jnp.clip(2.0 * jnp.asarray(progress, jnp.float32) - 1.0, 0.0, 1.0)
-    return 1.0 + (final - 1.0) * fraction
+def path_keep_probability(
+    progress: jax.Array | float, *, final: float, start: float = 0.5, end: float = 1.0
+) -> jax.Array:
+    """Path dropout's keep probability: 1 until `start`, then linearly down to `final` at `end`.
+
+    Args:
+      progress, start, end: shares of the pretraining's updates; the paper's are 0.5 and 1.
+    """
+    fraction = (jnp.asarray(progress, jnp.float32) - start) / max(end - start, 1e-6)
+    return 1.0 + (final - 1.0) * jnp.clip(fraction, 0.0, 1.0)
 
 
 def pretrain(
@@ -35,21 +41,25 @@ def pretrain(
     sgd: optimizers.SgdSettings,
     total_steps: int,
     final_keep: float = 0.5,
+    dropout_start: float = 0.5,
+    dropout_end: float = 1.0,
 ) -> Stage:
     """Trains the supernet for the task alone, under path dropout."""
-    optimizer = optimizers.sgd(sgd, total_steps=total_steps)
+    rate = optimizers.learning_rate_schedule(
+        sgd.schedule, learning_rate=sgd.learning_rate, total_steps=total_steps
+    )
 
-    def init(state: TrainState) -> TrainState:
-        return restart(state, supernet=optimizer)
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        draws = draw_keys(setting, "pretrain", state.step, batch["image"].shape[0])
-        images = augmented(setting, draws, batch)
-        keep = path_keep_probability(state.step / total_steps, final=final_keep)
+    def prepare(state: TrainState, batch: Batch) -> Inputs:
+        labels = batch["label"]
+        draws = draw_keys(setting, "pretrain", state.step, labels.shape[0])
+        keep = path_keep_probability(
+            state.step / total_steps, final=final_keep, start=dropout_start, end=dropout_end
+        )
         mask = policy.random_masks(draws.mask, setting.spec.mask_shape, keep)
-        return train_supernet(setting, optimizer, state, draws, images, batch["label"], mask)
+        images = augmented(setting, draws, batch)
+        return supernet_inputs(images, labels, mask, sgd=sgd, learning_rate=rate(state.step))
 
-    return Stage("pretrain", init, (Phase("supernet", step),))
+    return Stage("pretrain", (Phase("supernet", prepare, supernet_update(setting)),))
 
 
 def finetune(
@@ -66,12 +76,11 @@ def finetune(
       name: of the stage and its checkpoints.
       static_architecture: [L, O] for every image, in place of the controller's greedy masks.
     """
-    optimizer = optimizers.sgd(sgd, total_steps=total_steps)
+    rate = optimizers.learning_rate_schedule(
+        sgd.schedule, learning_rate=sgd.learning_rate, total_steps=total_steps
+    )
 
-    def init(state: TrainState) -> TrainState:
-        return restart(state, supernet=optimizer)
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def prepare(state: TrainState, batch: Batch) -> Inputs:
         labels = batch["label"]
         # All variants see the same augmentation, so that they differ by their policy alone.
         draws = draw_keys(setting, "finetune", state.step, labels.shape[0])
@@ -79,18 +88,11 @@ def finetune(
         if static_architecture is None:
             mask = policy.greedy(policy_logits_of(setting, state, images))
         else:
-            mask = jnp.broadcast_to(
-                static_architecture, (labels.shape[0], *setting.spec.mask_shape)
-            ).astype(jnp.float32)
-        return train_supernet(
-            setting,
-            optimizer,
-            state,
-            draws,
-            images,
-            labels,
-            mask,
-            static_architecture=static_architecture,
-        )
+            shape = (labels.shape[0], *setting.spec.mask_shape)
+            mask = jnp.broadcast_to(static_architecture, shape).astype(jnp.float32)
+        return supernet_inputs(images, labels, mask, sgd=sgd, learning_rate=rate(state.step))
 
-    return Stage(name, init, (Phase("supernet", step),))
+    fixed = None
+    if static_architecture is not None:
+        fixed = tuple(tuple(row) for row in static_architecture.tolist())
+    return Stage(name, (Phase("supernet", prepare, supernet_update(setting, fixed)),))

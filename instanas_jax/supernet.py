@@ -44,7 +44,7 @@ class _Supernet(nn.Module):
             images
         )
         for index, cell in enumerate(spec.cells):
-            module = ops.Cell(cell, self.enabled[index], name=cell_name(index), **common)
+            module = ops.Cell(cell, self.enabled[index], spec.join, name=cell_name(index), **common)
             x = module(x, resolved[:, index], identity[:, index])
         x = ConvBatchNorm("pointwise", spec.head_channels, name="head", **common)(x)
         features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
@@ -172,6 +172,7 @@ def apply_eval(
             x,
             resolved[:, index],
             identity[:, index],
+            join=spec.join,
             lowering=lowering,
         )
     return apply_head(folded, x, lowering=lowering)

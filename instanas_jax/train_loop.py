@@ -25,7 +25,11 @@ def run(
     Yields:
       Updates done, the new state (replicated), and the phase's metrics (replicated).
     """
-    steps = [parallel.compile_step(phase.step) for phase in stage.phases]
+    programs = [
+        (parallel.compile_map(phase.prepare), parallel.compile_step(phase.update))
+        for phase in stage.phases
+    ]
     for done, batch in enumerate(batches, start=first_step):
-        state, metrics = steps[stage.phase_at(done)](state, parallel.shard(batch))
+        prepare, update = programs[stage.phase_at(done)]
+        state, metrics = update(state, prepare(state, parallel.shard(batch)))
         yield done + 1, state, metrics

@@ -1,31 +1,38 @@
-"""Everything that training changes, as one pytree."""
+"""Everything that training changes, as one pytree of one structure in every stage."""
 
+import dataclasses
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from instanas_jax import controller, supernet
+from instanas_jax import controller, optimizers, supernet
 from instanas_jax.search_space import SupernetSpec
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Networks are dicts {"params", "batch_stats"}; no random key is kept (see `stages`)."""
+    """Networks are dicts {"params", "batch_stats"}; no random key is kept (see `stage`)."""
 
     step: jax.Array  # int32 [], updates done in this stage.
     supernet: dict[str, Any]
     controller: dict[str, Any]
-    optimizer: dict[str, Any]  # Optimizer state of each network that this stage trains.
+    optimizer: dict[str, Any]  # Of both networks; a stage uses those it trains.
 
 
 def create(key: jax.Array, spec: SupernetSpec) -> TrainState:
-    """Fresh networks, before any stage."""
+    """Fresh networks at step 0."""
     supernet_key, controller_key = jax.random.split(key)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        supernet=supernet.init(supernet_key, spec),
-        controller=controller.init(controller_key, spec),
-        optimizer={},
-    )
+    networks = {
+        "supernet": supernet.init(supernet_key, spec),
+        "controller": controller.init(controller_key, spec),
+    }
+    empty = TrainState(step=jnp.zeros((), jnp.int32), optimizer={}, **networks)
+    return restart(empty)
+
+
+def restart(state: TrainState) -> TrainState:
+    """The same networks at step 0 with fresh optimizers: how every stage begins."""
+    optimizer = optimizers.init(state.supernet["params"], state.controller["params"])
+    return dataclasses.replace(state, step=jnp.zeros((), jnp.int32), optimizer=optimizer)

@@ -139,7 +139,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(ours, theirs)
     rows = {name: (tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed")}
     assert rows["whole"] == rows["killed"]
-    kept = stage_runner.restore_kept(tmp_path / "killed/search", 2, stage, fresh_state())
+    kept = stage_runner.restore_kept(tmp_path / "killed/search", 2, fresh_state())
     assert int(kept.step) == 2
 
 

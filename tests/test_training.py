@@ -43,7 +43,7 @@ def make_stage(name: str, axis_name: str | None):
             reward=search.RewardSettings(
                 lower_ms=0.5, upper_start_ms=10.0, upper_end_ms=4.0, negative_weight=-1.0
             ),
-            controller_optimizer=optimizers.adam(1e-3),
+            controller_rate=lambda step: 1e-3,
             supernet_sgd=sgd,
             total_steps=4,
             alternation_steps=1,
@@ -60,11 +60,21 @@ def fresh_state():
 
 
 @functools.cache
+def compile_for(function, devices: int):
+    return jax.pmap(function, axis_name=parallel.AXIS_NAME, devices=jax.devices()[:devices])
+
+
+@functools.cache
+def make_cached(name: str):
+    return make_stage(name, parallel.AXIS_NAME)
+
+
+@functools.cache
 def train(name: str, *, devices: int):
     """State and metrics after each of four steps on so many devices."""
-    stage = make_stage(name, parallel.AXIS_NAME)
+    stage = make_cached(name)
     programs = [
-        jax.pmap(phase.step, axis_name=parallel.AXIS_NAME, devices=jax.devices()[:devices])
+        (compile_for(phase.prepare, devices), compile_for(phase.update, devices))
         for phase in stage.phases
     ]
 
@@ -72,13 +82,13 @@ def train(name: str, *, devices: int):
         return array.reshape(devices, -1, *array.shape[1:])
 
     state = jax.tree.map(
-        lambda leaf: np.broadcast_to(leaf, (devices, *np.shape(leaf))), stage.init(fresh_state())
+        lambda leaf: np.broadcast_to(leaf, (devices, *np.shape(leaf))), fresh_state()
     )
     history = []
     batches = data_lib.train_batches(IMAGES, batch_size=BATCH, seed=1, num_steps=4)
     for index, batch in enumerate(batches):
-        program = programs[stage.phase_at(index)]
-        state, metrics = program(state, jax.tree.map(split, dict(batch)))
+        prepare, update = programs[stage.phase_at(index)]
+        state, metrics = update(state, prepare(state, jax.tree.map(split, dict(batch))))
         history.append(jax.device_get((state, metrics)))
     return history
 
@@ -168,7 +178,7 @@ def test_learning_rate_schedules():
 
 def test_nesterov_sgd_by_hand():
     # g = 1 + 0.1 * 1 (decay); trace = 1.1; Nesterov step = g + 0.9 * trace = 2.09.
-    optimizer = optimizers.sgd(optimizers.SgdSettings(0.1, weight_decay=0.1), total_steps=10)
+    optimizer = optimizers.sgd(0.1, 0.9, 0.1)
     params = np.float32(1.0)
     updates, _ = optimizer.update(np.float32(1.0), optimizer.init(params), params)
     np.testing.assert_allclose(updates, -0.209, rtol=1e-6)
