@@ -65,13 +65,17 @@ def run_stage(
         start_step=done,
         num_steps=total_steps - done,
     )
+    logged: dict[int, int] = {}  # For each phase, the last stretch of `log_steps` with a row.
     started = time.perf_counter()
     bar = tqdm(total=total_steps, initial=done, desc=stage.name, unit="step", dynamic_ncols=True)
     with bar:
         running = train_loop.run(stage, parallel.replicate(host_state), batches, first_step=done)
         for done, device_state, device_metrics in running:
             bar.update()
-            if done % log_steps == 0 or done == total_steps:
+            # Phases that take turns batch by batch would always meet the same multiples.
+            phase = stage.phase_at(done - 1)
+            if (done - 1) // log_steps != logged.get(phase) or done == total_steps:
+                logged[phase] = (done - 1) // log_steps
                 scalars = _fetch(device_metrics)
                 writer.write(done, scalars, stage.name)
                 bar.set_postfix_str(_postfix(scalars), refresh=False)

@@ -188,7 +188,7 @@ def search(
 
     phases = (
         Phase("controller", controller_prepare, controller_update),
-        Phase("supernet", supernet_prepare, supernet_update(setting)),
+        Phase("supernet", supernet_prepare, supernet_update(setting, None)),
     )
     return Stage("search", phases, lambda step: (step // alternation_steps) % 2)
 

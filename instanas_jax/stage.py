@@ -146,7 +146,7 @@ def supernet_inputs(
 # A setting's update is one function object, by which compiled programs are found again.
 @functools.lru_cache(maxsize=32)
 def supernet_update(
-    setting: Setting, static_architecture: tuple[tuple[float, ...], ...] | None = None
+    setting: Setting, static_architecture: tuple[tuple[float, ...], ...] | None
 ) -> Callable[[TrainState, Inputs], tuple[TrainState, Metrics]]:
     """Cross-entropy under given masks by SGD; the controller stays as it is.
 

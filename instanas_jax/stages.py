@@ -59,7 +59,7 @@ def pretrain(
         images = augmented(setting, draws, batch)
         return supernet_inputs(images, labels, mask, sgd=sgd, learning_rate=rate(state.step))
 
-    return Stage("pretrain", (Phase("supernet", prepare, supernet_update(setting)),))
+    return Stage("pretrain", (Phase("supernet", prepare, supernet_update(setting, None)),))
 
 
 def finetune(
