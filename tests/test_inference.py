@@ -1,5 +1,7 @@
 """The skipping execution gives the masked supernet's answers, and really skips."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,3 +75,16 @@ def test_a_measured_table_is_complete_and_positive():
     assert table.cells_ms.shape == SPEC.mask_shape
     assert (table.cells_ms > 0).all() and all(time > 0 for time in table.fixed_ms.values())
     assert table.repeats == 2 and table.batch_size == 1
+
+
+def test_the_mean_join_is_the_same_in_every_execution():
+    """Masked, skipping and static agree, and differ from the sum."""
+    spec = dataclasses.replace(SPEC, join="mean")
+    mask = np.random.default_rng(1).uniform(size=SPEC.mask_shape) < 0.5
+    mask = jnp.asarray(mask, jnp.float32)
+    mean = supernet.apply_eval(spec, FOLDED, IMAGE, mask[None], lowering="shifted")
+    skipped = inference.apply_skipping(spec, WEIGHTS, IMAGE, mask[None], lowering="shifted")
+    static = inference.apply_static(spec, WEIGHTS, IMAGE, np.asarray(mask), lowering="shifted")
+    assert relative_error(skipped, mean) < 1e-4
+    assert relative_error(static, mean) < 1e-4
+    assert relative_error(masked(mask[None]), mean) > 1e-2
