@@ -10,7 +10,14 @@ from typing import Any
 
 from instanas_jax.errors import InputError
 from instanas_jax.optimizers import SCHEDULE_KINDS
-from instanas_jax.search_space import CANDIDATE_OPS, JOINS, PRESETS, op_index
+from instanas_jax.search_space import (
+    CANDIDATE_OPS,
+    JOINS,
+    PRESETS,
+    SupernetSpec,
+    op_index,
+    preset,
+)
 
 
 def setting(
@@ -52,6 +59,17 @@ class ModelConfig:
         0, "Channels of the controller's first segment; 0: the preset's.", minimum=0
     )
     dtype: str = setting("float32", "Type of activations.", choices=("float32", "bfloat16"))
+
+    def spec(self, *, num_classes: int) -> SupernetSpec:
+        """The supernet that these settings ask for."""
+        return preset(
+            self.preset,
+            num_classes=num_classes,
+            width=self.width,
+            stem_stride=self.stem_stride or None,
+            controller_channels=self.controller_channels or None,
+            join=self.join,  # pyright: ignore[reportArgumentType]
+        )
 
 
 @dataclasses.dataclass(frozen=True)

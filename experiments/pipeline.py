@@ -68,7 +68,7 @@ class Pipeline:
         self.config = config
         self.dataset = dataset
         self.workdir = workdir
-        self.spec = make_spec(config, num_classes=dataset.num_classes)
+        self.spec = config.model.spec(num_classes=dataset.num_classes)
         if dataset.image_size != self.spec.image_size:
             raise InputError(
                 f"--preset={self.spec.name} reads images of {self.spec.image_size} pixels, "
@@ -99,7 +99,7 @@ class Pipeline:
             pretrained, pretrain_seconds = self._pretrain()
             snapshots, search_seconds = self._search(pretrained)
             statics = [self._finetune_static(op, pretrained) for op in self.config.run.static_ops]
-            variants = [self._finetune_variant(name, state) for name, state in snapshots.items()]
+            variants = self._finetune_variants(snapshots)
         finally:
             self.writer.close()
         seconds = {
@@ -278,11 +278,13 @@ class Pipeline:
         )
         return Network(name, final, seconds, architecture)
 
-    def _finetune_variant(self, name: str, snapshot: TrainState) -> Network:
+    def _finetune_variants(self, snapshots: dict[str, TrainState]) -> list[Network]:
         steps = self._steps(self.config.finetune.epochs, self.config.finetune.batch_size)
-        if not hasattr(self, "_variant_stage"):
-            self._variant_stage = self._finetune_stage(steps, None)
-        return self._finetune(name, self._variant_stage, snapshot, None, steps)
+        stage = self._finetune_stage(steps, None)  # One stage for all, so that it compiles once.
+        return [
+            self._finetune(name, stage, snapshot, None, steps)
+            for name, snapshot in snapshots.items()
+        ]
 
     def _finetune_static(self, op_name: str, pretrained: TrainState) -> Network:
         """A static baseline, from the pretrained supernet, with as many images as the supernet
@@ -295,15 +297,3 @@ class Pipeline:
         stage = self._finetune_stage(steps, architecture)
         name = "mobilenetv2" if op == search_space.MOBILENETV2_OP else op_name
         return self._finetune(name, stage, pretrained, architecture, steps)
-
-
-def make_spec(config: Config, *, num_classes: int) -> search_space.SupernetSpec:
-    """The supernet that the configuration asks for."""
-    return search_space.preset(
-        config.model.preset,
-        num_classes=num_classes,
-        width=config.model.width,
-        stem_stride=config.model.stem_stride or None,
-        controller_channels=config.model.controller_channels or None,
-        join=config.model.join,  # pyright: ignore[reportArgumentType]
-    )

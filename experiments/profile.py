@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from experiments import flags as flags_lib
 from experiments.config import ModelConfig, RunConfig
-from instanas_jax import latency, profiling, search_space
+from instanas_jax import latency, profiling
 from instanas_jax.errors import InputError
 
 
@@ -21,14 +21,7 @@ def _measure() -> None:
         raise InputError("--output is not set: name the JSON file for the table")
     if not output.parent.is_dir():
         raise InputError(f"--output={output}: the folder {output.parent} does not exist: make it")
-    spec = search_space.preset(
-        model.preset,
-        num_classes=flags.FLAGS.num_classes,
-        width=model.width,
-        stem_stride=model.stem_stride or None,
-        controller_channels=model.controller_channels or None,
-        join=model.join,
-    )
+    spec = model.spec(num_classes=flags.FLAGS.num_classes)
     with tqdm(total=run.profile_rounds, desc="latency table", unit="round") as bar:
         table = profiling.measure(spec, rounds=run.profile_rounds, on_round=bar.update)
     latency.save(table, output)

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from instanas_jax.errors import InputError
@@ -70,15 +69,6 @@ def compile_step(step: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[..., t
     The same function gives the same program, so that stages which share it compile once.
     """
     return jax.pmap(step, axis_name=AXIS_NAME, donate_argnums=0)
-
-
-def compile_sums(evaluate: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """An evaluation (replicated inputs, sharded batch) -> sums over the global batch."""
-
-    def summed(inputs: Any, batch: Any) -> Any:
-        return lax.psum(evaluate(inputs, batch), AXIS_NAME)
-
-    return jax.pmap(summed, axis_name=AXIS_NAME)
 
 
 @functools.lru_cache(maxsize=32)

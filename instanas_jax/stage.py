@@ -40,10 +40,6 @@ class Phase:
     prepare: Callable[[TrainState, Batch], Inputs]
     update: Callable[[TrainState, Inputs], tuple[TrainState, Metrics]]
 
-    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """Both halves in one."""
-        return self.update(state, self.prepare(state, batch))
-
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
