@@ -5,9 +5,8 @@ python -m experiments.cifar10 --flagfile=experiments/flagfiles/cifar10.flags
 
 from experiments import run
 from experiments.config import Config
-from instanas_jax import augment
 
 DEFAULTS = Config("cifar10")
 
 if __name__ == "__main__":
-    run.main(DEFAULTS, augment.CIFAR)
+    run.main(DEFAULTS)

@@ -5,9 +5,8 @@ python -m experiments.cifar100 --flagfile=experiments/flagfiles/cifar100.flags
 
 from experiments import run
 from experiments.config import Config
-from instanas_jax import augment
 
 DEFAULTS = Config("cifar100")
 
 if __name__ == "__main__":
-    run.main(DEFAULTS, augment.CIFAR)
+    run.main(DEFAULTS)

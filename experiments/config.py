@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from instanas_jax.augment import Augmentation
 from instanas_jax.errors import InputError
 from instanas_jax.optimizers import SCHEDULE_KINDS
 from instanas_jax.search_space import (
@@ -43,6 +44,18 @@ class DataConfig:
     )
     train_limit: int = setting(0, "Use at most this many training images; 0: all.", minimum=0)
     test_limit: int = setting(0, "Use at most this many test images; 0: all.", minimum=0)
+    crop_pad: int = setting(
+        4, "Augmentation: pixels of padding before a random crop.", minimum=0, maximum=16
+    )
+    flip: bool = setting(True, "Augmentation: mirror half of the images.")
+    cutout: int = setting(
+        16, "Augmentation: side in pixels of a square that is blanked.", minimum=0, maximum=64
+    )
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """What training images undergo."""
+        return Augmentation(pad=self.crop_pad, flip=self.flip, cutout=self.cutout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +68,14 @@ class ModelConfig:
     join: str = setting(
         "sum", "How a cell's active paths become one: the paper's sum, or mean.", choices=JOINS
     )
+    head_channels: int = setting(
+        0, "Channels of the layer before the classifier; 0: the preset's.", minimum=0
+    )
     controller_channels: int = setting(
         0, "Channels of the controller's first segment; 0: the preset's.", minimum=0
+    )
+    controller_pool: int = setting(
+        0, "The controller sees images shrunk by 1, 2 or 4; 0: the preset's.", minimum=0, maximum=4
     )
     dtype: str = setting("float32", "Type of activations.", choices=("float32", "bfloat16"))
 
@@ -67,7 +86,9 @@ class ModelConfig:
             num_classes=num_classes,
             width=self.width,
             stem_stride=self.stem_stride or None,
+            head_channels=self.head_channels or None,
             controller_channels=self.controller_channels or None,
+            controller_pool=self.controller_pool or None,
             join=self.join,  # pyright: ignore[reportArgumentType]
         )
 

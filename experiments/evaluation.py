@@ -11,6 +11,7 @@ import optax
 from instanas_jax import (
     augment,
     controller,
+    cost,
     data,
     latency,
     parallel,
@@ -99,14 +100,14 @@ def policy_statistics(
     Times and FLOPs are means over images of whole images: fixed parts and controller included.
     """
     cells_ms = (answers.mask * table.cells_ms).sum(axis=(1, 2))
-    flops, _ = search_space.cost_table(spec)
+    flops, _ = cost.path_costs(spec)
     image_flops = (answers.mask * flops).sum(axis=(1, 2))
     flattened = answers.mask.reshape(len(answers.mask), -1) > 0.5
     return {
         "table_ms": float(cells_ms.mean()) + table.fixed_total_ms(controller=True),
         "table_ms_std": float(cells_ms.std()),
         "flops": float(image_flops.mean())
-        + search_space.fixed_cost(spec).flops
+        + cost.fixed_cost(spec).flops
         + controller.cost(spec).flops,
         "unique_architectures": len(np.unique(np.packbits(flattened, axis=1), axis=0)),
         "policy_entropy_bits": float(answers.policy_entropy_bits.mean()),

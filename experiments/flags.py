@@ -12,9 +12,11 @@ from typing import Any
 from absl import app, flags, logging
 
 from experiments import config as config_lib
+from instanas_jax import environment
 from instanas_jax.errors import InputError
 
 _DEFINERS = {
+    bool: flags.DEFINE_bool,
     str: flags.DEFINE_string,
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
@@ -85,6 +87,7 @@ def start(main: Callable[[], None]) -> None:
     def guarded(arguments: list[str]) -> None:
         # Orbax reports every step of a save; a user wants the progress bar.
         logging.set_verbosity(logging.WARNING)
+        environment.configure_cpu()
         try:
             if len(arguments) > 1:
                 raise InputError(f"unexpected argument '{arguments[1]}': flags begin with --")

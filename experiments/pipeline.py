@@ -14,7 +14,6 @@ from experiments import evaluation, results, stage_runner
 from experiments.config import Config
 from experiments.workdir import Workdir
 from instanas_jax import (
-    augment,
     convolution,
     data,
     environment,
@@ -31,6 +30,8 @@ from instanas_jax import (
 from instanas_jax.errors import InputError
 from instanas_jax.stage import Setting, Stage
 from instanas_jax.train_state import TrainState
+
+_SURE = 0.99  # No policy begins surer of a path than this: its logit would be infinite.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,6 @@ class Pipeline:
     Args:
       config: validated settings.
       dataset: all three splits.
-      augmentation: of training images.
       workdir: where everything goes.
       table_path: a latency table to search with; None to measure one.
       allow_foreign_table: accept another device's table.
@@ -60,7 +60,6 @@ class Pipeline:
         config: Config,
         *,
         dataset: data.Dataset,
-        augmentation: augment.Augmentation,
         workdir: Workdir,
         table_path: str | None = None,
         allow_foreign_table: bool = False,
@@ -78,7 +77,7 @@ class Pipeline:
             spec=self.spec,
             mean=dataset.mean,
             std=dataset.std,
-            augmentation=augmentation,
+            augmentation=config.data.augmentation,
             seed=config.run.seed,
             lowering=convolution.default_lowering(),
             dtype=jnp.dtype(config.model.dtype),
@@ -188,7 +187,9 @@ class Pipeline:
             dropout_start=section.dropout_start,
             dropout_end=section.dropout_end,
         )
-        fresh = train_state.create(jax.random.key(self.config.run.seed), self.spec)
+        # The search begins with the masks that pretraining ended with.
+        keep = min(section.final_keep, _SURE)
+        fresh = train_state.create(jax.random.key(self.config.run.seed), self.spec, keep=keep)
         everything_on = np.ones(self.spec.mask_shape, np.float32)
         return self._run_stage(
             stage,

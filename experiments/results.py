@@ -8,7 +8,7 @@ from scipy import stats
 
 from experiments import evaluation
 from experiments.config import Config
-from instanas_jax import data, environment, inference, latency, policy, search_space
+from instanas_jax import cost, data, environment, inference, latency, policy, search_space
 from instanas_jax.stage import Setting
 from instanas_jax.train_state import TrainState
 
@@ -128,8 +128,8 @@ def _static_cost(
     spec: search_space.SupernetSpec, architecture: np.ndarray, table: latency.LatencyTable
 ) -> dict[str, float]:
     resolved = np.asarray(policy.resolve_empty_cells(architecture, spec.forced_cells)[0])
-    flops, params = search_space.cost_table(spec)
-    fixed = search_space.fixed_cost(spec)
+    flops, params = cost.path_costs(spec)
+    fixed = cost.fixed_cost(spec)
     return {
         "table_ms": float((resolved * table.cells_ms).sum())
         + table.fixed_total_ms(controller=False),

@@ -9,16 +9,16 @@ from experiments import results
 from experiments.config import Config
 from experiments.pipeline import Pipeline
 from experiments.workdir import Workdir, write_json
-from instanas_jax import augment, data
+from instanas_jax import data
 
 
-def main(defaults: Config, augmentation: augment.Augmentation) -> None:
+def main(defaults: Config) -> None:
     """Defines the flags with these defaults and runs the experiment that they describe."""
     flags_lib.define(defaults)
-    flags_lib.start(lambda: _run(defaults.dataset, augmentation))
+    flags_lib.start(lambda: _run(defaults.dataset))
 
 
-def _run(dataset_name: str, augmentation: augment.Augmentation) -> None:
+def _run(dataset_name: str) -> None:
     config = flags_lib.read(dataset_name)
     dataset = data.load(
         dataset_name,
@@ -39,7 +39,6 @@ def _run(dataset_name: str, augmentation: augment.Augmentation) -> None:
     pipeline = Pipeline(
         config,
         dataset=dataset,
-        augmentation=augmentation,
         workdir=workdir,
         table_path=flags.FLAGS.latency_table or None,
         allow_foreign_table=flags.FLAGS.allow_foreign_table,

@@ -21,12 +21,6 @@ class Augmentation:
     cutout: int = 0
 
 
-NONE = Augmentation()
-CIFAR = Augmentation(pad=4, flip=True, cutout=16)
-DIGITS = Augmentation(pad=2)  # a mirrored digit is another sign, and a cut one may be too
-FLIP = Augmentation(flip=True)  # Tiny ImageNet
-
-
 def image_keys(key: jax.Array, first_index: jax.typing.ArrayLike, count: int) -> jax.Array:
     """Keys `[count]` of the images numbered from `first_index` on.
 

@@ -3,6 +3,7 @@
 Source: InstaNAS (arXiv 1811.10201), section 3.3; layer widths from the authors' program.
 """
 
+import math
 from typing import Any
 
 import chex
@@ -11,12 +12,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from instanas_jax import convolution, layers
+from instanas_jax.cost import Cost, conv_cost
 from instanas_jax.layers import ConvBatchNorm, Folded
-from instanas_jax.search_space import Cost, SupernetSpec, conv_cost
+from instanas_jax.search_space import SupernetSpec
 
 Variables = dict[str, Any]
 
-# Logits start near zero: every path is on with probability one half, whatever the image.
+# Logits start near one value: every path is on with the same probability, whatever the image.
 _INITIAL_LOGIT_GAIN = 0.1
 
 
@@ -29,13 +31,12 @@ def _segments(spec: SupernetSpec) -> tuple[tuple[int, int], ...]:
 
 def cost(spec: SupernetSpec) -> Cost:
     """FLOPs of one image and trainable parameters."""
-    size, channels = spec.image_size, spec.controller_channels
+    size, channels = spec.image_size // spec.controller_pool, spec.controller_channels
     if spec.controller == "residual_large":
-        size = (spec.image_size // 2 + 1) // 2
+        size = (size + 1) // 2
         total = conv_cost(size, 7, 3, channels)
         size = (size + 1) // 2
     else:
-        size = (size - 1) // spec.stem_stride + 1
         total = conv_cost(size, 3, 3, channels)
     for out_channels, stride in _segments(spec):
         projects = _projects(spec, channels, out_channels, stride)
@@ -105,14 +106,12 @@ class _Controller(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         spec = self.spec
         common = {"lowering": self.lowering, "axis_name": self.axis_name}
+        x = _average_pool(images, spec.controller_pool)
         if spec.controller == "residual_large":
-            x = _average_pool(images, 2)
             x = ConvBatchNorm("dense", spec.controller_channels, 7, 2, name="stem", **common)(x)
             x = _max_pool(x)
         else:
-            x = ConvBatchNorm(
-                "dense", spec.controller_channels, 3, spec.stem_stride, name="stem", **common
-            )(images)
+            x = ConvBatchNorm("dense", spec.controller_channels, 3, name="stem", **common)(x)
         for index, (channels, stride) in enumerate(_segments(spec)):
             projects = _projects(spec, x.shape[-1], channels, stride)
             x = _Block(channels, stride, projects, name=f"segment_{index}", **common)(x)
@@ -121,12 +120,15 @@ class _Controller(nn.Module):
         return logits.reshape(-1, *spec.mask_shape)
 
 
-def init(key: jax.Array, spec: SupernetSpec) -> Variables:
-    """Fresh {"params", "batch_stats"}, float32."""
+def init(key: jax.Array, spec: SupernetSpec, *, keep: float = 0.5) -> Variables:
+    """Fresh {"params", "batch_stats"}, float32, of a policy near `keep` for every path."""
     module = _Controller(spec, lowering="native", axis_name=None)
     images = jax.ShapeDtypeStruct((1, spec.image_size, spec.image_size, 3), jnp.float32)
     shapes = jax.eval_shape(lambda inputs: module.init(key, inputs), images)
-    return layers.initialise(key, shapes, linear_gain=_INITIAL_LOGIT_GAIN)
+    variables = layers.initialise(key, shapes, linear_gain=_INITIAL_LOGIT_GAIN)
+    bias = variables["params"]["logits"]["bias"]
+    variables["params"]["logits"]["bias"] = jnp.full_like(bias, math.log(keep / (1.0 - keep)))
+    return variables
 
 
 def apply_train(
@@ -164,15 +166,12 @@ def apply_eval(
 ) -> jax.Array:
     """Evaluation mode: normalised images [B, H, W, 3] to policy_logits [B, L, O] float32."""
     chex.assert_shape(images, (None, spec.image_size, spec.image_size, 3))
-    x = images.astype(dtype)
+    x = _average_pool(images.astype(dtype), spec.controller_pool)
     if spec.controller == "residual_large":
-        x = _average_pool(x, 2)
         x = layers.conv_bias(x, folded["stem"], kind="dense", stride=2, lowering=lowering)
         x = _max_pool(x)
     else:
-        x = layers.conv_bias(
-            x, folded["stem"], kind="dense", stride=spec.stem_stride, lowering=lowering
-        )
+        x = layers.conv_bias(x, folded["stem"], kind="dense", lowering=lowering)
     for index, (channels, stride) in enumerate(_segments(spec)):
         x = _apply_block(folded[f"segment_{index}"], x, channels, stride, lowering)
     features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))

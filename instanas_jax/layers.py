@@ -47,7 +47,7 @@ def _convolve(
         return convolution.pointwise(x[:, ::stride, ::stride], kernel, lowering=lowering)
     if kind == "depthwise":
         return convolution.depthwise(x, kernel, stride=stride, lowering=lowering)
-    return convolution.dense(x, kernel, stride=stride)
+    return convolution.dense(x, kernel, stride=stride, lowering=lowering)
 
 
 class ConvBatchNorm(nn.Module):

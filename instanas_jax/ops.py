@@ -44,6 +44,13 @@ def _project_name(op: int) -> str:
     return f"project_{CANDIDATE_OPS[op].name}"
 
 
+def start_as_identity(params: dict) -> None:
+    """Sets, in place, a residual cell's parameters so that its MBConv paths add nothing yet."""
+    for op in MBCONV_OPS:
+        last = params[_project_name(op)]
+        last["scale"] = jnp.zeros_like(last["scale"])
+
+
 class Cell(nn.Module):
     """One cell in training mode.
 

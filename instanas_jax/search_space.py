@@ -1,4 +1,4 @@
-"""The search space: which cells a supernet has, which ops each cell offers, and what they cost.
+"""The search space: which cells a supernet has, and which ops each cell offers.
 
 Source: InstaNAS (arXiv 1811.10201), section 4.1; MobileNetV2 (arXiv 1801.04381), table 2.
 Letters used everywhere: `L` cells, `O` candidate ops, `K` classes.
@@ -105,6 +105,7 @@ class SupernetSpec:
     head_dropout: float = 0.0
     controller: ControllerKind = "residual_small"
     controller_channels: int = 16
+    controller_pool: int = 1  # The controller sees the mean of every pool x pool pixels.
 
     @property
     def cells(self) -> tuple[CellSpec, ...]:
@@ -152,7 +153,33 @@ _PUBLISHED_GROUPS = (
 )
 _SMALL_IMAGE_GROUPS = (GroupSpec(16, 1, 1), GroupSpec(24, 2, 1), *_PUBLISHED_GROUPS[2:])
 
-PRESETS = ("px32", "px64", "px224", "tiny")
+# Classes are those of the published data sets; `preset` replaces them.
+_PRESETS = {
+    "px32": SupernetSpec("px32", 32, 100, _SMALL_IMAGE_GROUPS),
+    "px64": SupernetSpec("px64", 64, 200, _PUBLISHED_GROUPS),
+    "px224": SupernetSpec(
+        "px224",
+        224,
+        1000,
+        _PUBLISHED_GROUPS,
+        stem_stride=2,
+        head_dropout=0.5,
+        controller="residual_large",
+        controller_pool=2,
+    ),
+    "tiny": SupernetSpec(
+        "tiny",
+        32,
+        10,
+        (GroupSpec(8, 1, 1), GroupSpec(16, 2, 2), GroupSpec(24, 1, 1)),
+        stem_channels=8,
+        stem_stride=2,
+        head_channels=32,
+        controller_channels=4,
+        controller_pool=2,
+    ),
+}
+PRESETS = tuple(_PRESETS)
 
 
 def preset(
@@ -162,7 +189,9 @@ def preset(
     width: float = 1.0,
     stem_stride: int | None = None,
     join: Join = "sum",
+    head_channels: int | None = None,
     controller_channels: int | None = None,
+    controller_pool: int | None = None,
 ) -> SupernetSpec:
     """A named spec: `px32`, `px64`, `px224` as published, or `tiny` (4 cells, for tests).
 
@@ -171,9 +200,11 @@ def preset(
       num_classes: `K`.
       width: multiplies every channel count but the controller's; channels are rounded to
         multiples of 8, and the head is not shrunk under 1280 (both MobileNetV2's rules).
-      controller_channels: replaces the preset's width of the controller's first segment.
-      join: see `SupernetSpec`.
       stem_stride: replaces the preset's stride of the stem; 2 quarters the cost of every cell.
+      join: see `SupernetSpec`.
+      head_channels: replaces the width of the last layer before the classifier.
+      controller_channels: replaces the width of the controller's first segment.
+      controller_pool: replaces the factor by which the controller's images shrink.
 
     Raises:
       InputError: an argument is out of range.
@@ -184,54 +215,34 @@ def preset(
         raise InputError(f"num_classes={num_classes}: a classifier needs at least 2 classes")
     if not 0.1 <= width <= 4.0:
         raise InputError(f"width={width}: choose a width multiplier from 0.1 to 4.0")
-    if stem_stride not in (None, 1, 2):
-        raise InputError(f"stem_stride={stem_stride}: choose 1 or 2")
-    if name == "px32":
-        spec = SupernetSpec(name, 32, num_classes, _SMALL_IMAGE_GROUPS)
-    elif name == "px64":
-        spec = SupernetSpec(name, 64, num_classes, _PUBLISHED_GROUPS)
-    elif name == "px224":
-        spec = SupernetSpec(
-            name,
-            224,
-            num_classes,
-            _PUBLISHED_GROUPS,
-            stem_stride=2,
-            head_dropout=0.5,
-            controller="residual_large",
-        )
-    else:
-        groups = (GroupSpec(8, 1, 1), GroupSpec(16, 2, 2), GroupSpec(24, 1, 1))
-        spec = SupernetSpec(
-            name,
-            32,
-            num_classes,
-            groups,
-            stem_channels=8,
-            stem_stride=2,
-            head_channels=32,
-            controller_channels=4,
-        )
-    if join not in JOINS:
-        raise InputError(f"join={join}: choose one of {', '.join(JOINS)}")
-    if controller_channels is not None and controller_channels < 1:
-        raise InputError(f"controller_channels={controller_channels}: choose 1 or more")
-    spec = dataclasses.replace(
-        spec, join=join, controller_channels=controller_channels or spec.controller_channels
-    )
-    return _scale(spec, width=width, stem_stride=stem_stride)
-
-
-def _scale(spec: SupernetSpec, *, width: float, stem_stride: int | None) -> SupernetSpec:
+    for setting, value, choices in (
+        ("join", join, JOINS),
+        ("stem_stride", stem_stride, (None, 1, 2)),
+        ("controller_pool", controller_pool, (None, 1, 2, 4)),
+    ):
+        if value not in choices:
+            allowed = ", ".join(str(choice) for choice in choices if choice is not None)
+            raise InputError(f"{setting}={value}: choose one of {allowed}")
+    for setting, value in (
+        ("head_channels", head_channels),
+        ("controller_channels", controller_channels),
+    ):
+        if value is not None and value < 1:
+            raise InputError(f"{setting}={value}: choose 1 or more")
+    spec = _PRESETS[name]
     return dataclasses.replace(
         spec,
+        num_classes=num_classes,
+        join=join,
         groups=tuple(
             dataclasses.replace(group, channels=_round_channels(group.channels * width))
             for group in spec.groups
         ),
         stem_channels=_round_channels(spec.stem_channels * width),
         stem_stride=stem_stride or spec.stem_stride,
-        head_channels=_round_channels(spec.head_channels * max(1.0, width)),
+        head_channels=head_channels or _round_channels(spec.head_channels * max(1.0, width)),
+        controller_channels=controller_channels or spec.controller_channels,
+        controller_pool=controller_pool or spec.controller_pool,
     )
 
 
@@ -246,55 +257,3 @@ def uniform_architecture(spec: SupernetSpec, op: int) -> np.ndarray:
     architecture = np.zeros(spec.mask_shape, np.float32)
     architecture[:, op] = 1.0
     return architecture
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """FLOPs (2 a multiply-add, batch norm folded) of one image, and trainable parameters."""
-
-    flops: int
-    params: int
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.params + other.params)
-
-
-def conv_cost(out_size: int, kernel: int, in_per_group: int, out_channels: int) -> Cost:
-    """Cost of one convolution and of the batch norm after it, two parameters a channel."""
-    weights = kernel * kernel * in_per_group * out_channels
-    return Cost(2 * weights * out_size * out_size, weights + 2 * out_channels)
-
-
-def op_cost(cell: CellSpec, op: OpSpec) -> Cost:
-    """Cost of one path, its batch norms' two parameters a channel included."""
-    out = cell.out_size
-    if op.is_basic:
-        return conv_cost(out, 3, cell.in_channels, cell.out_channels) + conv_cost(
-            out, 3, cell.out_channels, cell.out_channels
-        )
-    hidden = cell.in_channels * op.expansion
-    return (
-        conv_cost(cell.in_size, 1, cell.in_channels, hidden)
-        + conv_cost(out, op.kernel, 1, hidden)
-        + conv_cost(out, 1, hidden, cell.out_channels)
-    )
-
-
-def fixed_cost(spec: SupernetSpec) -> Cost:
-    """Cost of stem and head, which every architecture pays."""
-    last = spec.cells[-1]
-    stem_size = spec.cells[0].in_size
-    linear = spec.head_channels * spec.num_classes
-    return (
-        conv_cost(stem_size, 3, 3, spec.stem_channels)
-        + conv_cost(last.out_size, 1, last.out_channels, spec.head_channels)
-        + Cost(2 * linear, linear + spec.num_classes)
-    )
-
-
-def cost_table(spec: SupernetSpec) -> tuple[np.ndarray, np.ndarray]:
-    """FLOPs [L, O] and parameters [L, O] of every path."""
-    costs = [[op_cost(cell, op) for op in CANDIDATE_OPS] for cell in spec.cells]
-    flops = np.array([[cost.flops for cost in row] for row in costs], np.int64)
-    params = np.array([[cost.params for cost in row] for row in costs], np.int64)
-    return flops, params

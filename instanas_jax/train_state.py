@@ -21,12 +21,16 @@ class TrainState:
     optimizer: dict[str, Any]  # Of both networks; a stage uses those it trains.
 
 
-def create(key: jax.Array, spec: SupernetSpec) -> TrainState:
-    """Fresh networks at step 0."""
+def create(key: jax.Array, spec: SupernetSpec, *, keep: float = 0.5) -> TrainState:
+    """Fresh networks at step 0.
+
+    Args:
+      keep: probability of every path under the fresh controller's policy.
+    """
     supernet_key, controller_key = jax.random.split(key)
     networks = {
         "supernet": supernet.init(supernet_key, spec),
-        "controller": controller.init(controller_key, spec),
+        "controller": controller.init(controller_key, spec, keep=keep),
     }
     empty = TrainState(step=jnp.zeros((), jnp.int32), optimizer={}, **networks)
     return restart(empty)

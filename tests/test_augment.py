@@ -12,6 +12,7 @@ from instanas_jax.augment import Augmentation
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.1)
 PLAIN = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}  # leaves pixel values alone
+NONE, CIFAR = Augmentation(), Augmentation(pad=4, flip=True, cutout=16)
 
 
 def random_images(count: int, height: int = 8, width: int = 8) -> np.ndarray:
@@ -103,7 +104,7 @@ def test_draws_of_one_setting_do_not_disturb_another():
     np.testing.assert_array_equal(with_cutout, np.where(cut, 0, without))
 
 
-@pytest.mark.parametrize("augmentation", [augment.NONE, augment.DIGITS, augment.CIFAR])
+@pytest.mark.parametrize("augmentation", [NONE, Augmentation(pad=2), CIFAR])
 def test_an_image_ignores_its_neighbours_and_the_number_of_devices(augmentation: Augmentation):
     images, key = random_images(12, 32, 32), jax.random.key(7)
     run = jax.jit(
@@ -127,7 +128,5 @@ def test_image_keys_are_distinct_and_take_a_traced_index():
 
 def test_none_changes_nothing_but_the_scale():
     images = random_images(3)
-    result = augment.augment_and_normalise(
-        keys(3), images, augmentation=augment.NONE, mean=MEAN, std=STD
-    )
+    result = augment.augment_and_normalise(keys(3), images, augmentation=NONE, mean=MEAN, std=STD)
     np.testing.assert_array_equal(result, augment.normalise(images, mean=MEAN, std=STD))

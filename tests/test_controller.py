@@ -15,6 +15,7 @@ TINY = search_space.preset("tiny", num_classes=10)
 SPECS = {
     "residual_small": TINY,
     "residual_large": dataclasses.replace(TINY, controller="residual_large"),
+    "pooled": dataclasses.replace(TINY, controller_pool=4),
 }
 each_kind = pytest.mark.parametrize("kind", SPECS)
 
@@ -113,6 +114,29 @@ def map_size(kind: str, module: str) -> int:
     if kind == "residual_small":
         return {"stem": 32, "segment_0": 32, "segment_1": 16, "segment_2": 8}[module]
     return {"stem": 8, "segment_0": 4, "segment_1": 2, "segment_2": 1, "segment_3": 1}[module]
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
+def test_every_path_starts_near_the_probability_asked_for(keep):
+    logits = evaluate(
+        controller.init(jax.random.key(0), TINY, keep=keep), images(), kind="residual_small"
+    )
+    np.testing.assert_allclose(jax.nn.sigmoid(logits), keep, atol=0.2)
+    assert float(jax.nn.sigmoid(logits).mean()) == pytest.approx(keep, abs=0.05)
+
+
+def test_a_pooled_controller_sees_means_of_pixels():
+    """Changes that leave the mean of every 4 x 4 pixels alone change nothing; others do."""
+    changed = np.array(images())
+    changed[:, 0, 0] += 1.0
+    changed[:, 3, 3] -= 1.0
+    before = evaluate(variables("pooled"), images(), kind="pooled")
+    same = evaluate(variables("pooled"), changed, kind="pooled")
+    np.testing.assert_allclose(same, before, atol=1e-5)
+    changed[:, 0, 0] += 1.0
+    assert (
+        float(jnp.abs(evaluate(variables("pooled"), changed, kind="pooled") - before).max()) > 1e-3
+    )
 
 
 class TestPublishedSizes:

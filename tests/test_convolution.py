@@ -147,8 +147,21 @@ class TestPointwise:
 
 def test_dense_by_hand():
     # Both input channels of ones: twice the counts of the depthwise window above.
-    y = convolution.dense(jnp.ones((1, 3, 3, 2)), jnp.ones((3, 3, 2, 1)), stride=1)
+    y = convolution.dense(
+        jnp.ones((1, 3, 3, 2)), jnp.ones((3, 3, 2, 1)), stride=1, lowering="native"
+    )
     np.testing.assert_array_equal(y[0, :, :, 0], [[8, 12, 8], [12, 18, 12], [8, 12, 8]])
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_dense_as_a_product_of_windows_equals_the_native_one(stride):
+    x = random_array(3, 2 * stride, 2 * stride, 32, seed=0)
+    kernel = random_array(3, 3, 32, 40, seed=1)
+    shifted = functools.partial(convolution.dense, stride=stride, lowering="shifted")
+    text = jax.jit(shifted).lower(x, kernel).as_text()
+    assert "stablehlo.convolution" not in text  # Or the comparison would be of one with itself.
+    native = functools.partial(convolution.dense, stride=stride, lowering="native")
+    assert_close(output_and_gradients(shifted, x, kernel), output_and_gradients(native, x, kernel))
 
 
 @pytest.mark.parametrize(

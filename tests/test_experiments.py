@@ -14,7 +14,7 @@ from experiments import cifar10, cifar100, digits, run, stage_runner
 from experiments import flags as flags_lib
 from experiments.config import Config, RunConfig, validate_section
 from experiments.workdir import Workdir
-from instanas_jax import augment, data, data_sources, environment, metrics, parallel
+from instanas_jax import data, data_sources, environment, metrics, parallel
 from instanas_jax.errors import InputError
 from tests.test_training import fresh_state, make_stage
 
@@ -61,7 +61,7 @@ def fake_data(monkeypatch):
 def test_every_shipped_flagfile_runs_to_its_results(flagfile, tmp_path, fake_data, capsys):
     name = flagfile.stem.split("_")[0]
     parse(f"--flagfile={flagfile}", *TINY, f"--workdir={tmp_path / 'run'}")
-    run._run(name, augment.CIFAR)
+    run._run(name)
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert [row["name"] for row in results["static"]] == ["mobilenetv2"]
     assert [row["name"] for row in results["variants"]] == ["A", "B"]
@@ -78,7 +78,7 @@ def test_every_shipped_flagfile_runs_to_its_results(flagfile, tmp_path, fake_dat
     assert "mobilenetv2" in capsys.readouterr().out
     # The same command again reads the finished run and trains nothing.
     before = (tmp_path / "run/metrics.jsonl").read_text()
-    run._run(name, augment.CIFAR)
+    run._run(name)
     assert "is complete" in capsys.readouterr().out
     assert (tmp_path / "run/metrics.jsonl").read_text() == before
 
@@ -220,7 +220,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
 def test_a_foreign_table_is_refused_by_the_program(tmp_path, fake_data):
     parse(*TINY, f"--workdir={tmp_path / 'w'}", f"--latency_table={tmp_path / 'none.json'}")
     with pytest.raises(InputError, match="cannot be read"):
-        run._run("synthetic", augment.CIFAR)
+        run._run("synthetic")
 
 
 def test_the_device_is_described():

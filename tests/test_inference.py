@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instanas_jax import inference, profiling, supernet
+from instanas_jax import augment, controller, inference, policy, profiling, supernet
 from instanas_jax.search_space import preset, uniform_architecture
+from tests.networks import as_if_trained
 
 SPEC = preset("tiny", num_classes=10)
-VARIABLES = supernet.init(jax.random.key(0), SPEC)
+VARIABLES = as_if_trained(supernet.init(jax.random.key(0), SPEC))
+CONTROLLER = as_if_trained(controller.init(jax.random.key(2), SPEC), seed=1)
 FOLDED = supernet.fold(VARIABLES)
 WEIGHTS = inference.prepare_weights(SPEC, FOLDED)
 IMAGE = jax.random.normal(jax.random.key(1), (1, 32, 32, 3))
@@ -59,7 +61,7 @@ def test_an_unchosen_path_does_not_run():
     assert np.isnan(skipping(poisoned, mask[None])).all()
 
 
-def test_the_program_holds_one_branch_a_path():
+def test_the_program_holds_one_branch_a_cell_and_one_a_path():
     text = (
         jax.jit(
             lambda mask: inference.apply_skipping(SPEC, WEIGHTS, IMAGE, mask, lowering="shifted")
@@ -67,7 +69,75 @@ def test_the_program_holds_one_branch_a_path():
         .lower(jnp.ones((1, *SPEC.mask_shape)))
         .as_text()
     )
-    assert text.count("stablehlo.case") == SPEC.num_cells * 5
+    assert text.count("stablehlo.case") == SPEC.num_cells * (1 + 5)
+
+
+class TestPredictors:
+    """What is deployed: uint8 images in, weights packed into the program."""
+
+    MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+    def predictor(self):
+        return inference.make_predictor(
+            SPEC,
+            supernet_variables=VARIABLES,
+            controller_variables=CONTROLLER,
+            mean=self.MEAN,
+            std=self.STD,
+            lowering="shifted",
+        )
+
+    def images(self):
+        return np.random.default_rng(3).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+
+    def test_one_image_at_a_time_equals_the_masked_batch(self):
+        images = self.images()
+        normalised = augment.normalise(images, mean=self.MEAN, std=self.STD)
+        logits = controller.apply_eval(
+            SPEC, controller.fold(CONTROLLER), normalised, lowering="native"
+        )
+        mask = policy.greedy(logits)
+        # The test would show little if every image had one architecture, or every path.
+        assert len(np.unique(np.asarray(mask), axis=0)) > 1 and 0.2 < float(mask.mean()) < 0.8
+        expected = supernet.apply_eval(SPEC, FOLDED, normalised, mask, lowering="native")
+        predict = self.predictor()
+        for image, architecture, class_logits in zip(images, mask, expected, strict=True):
+            predicted, ran = predict(image)
+            np.testing.assert_array_equal(ran, architecture)
+            assert relative_error(predicted, class_logits) < 1e-4
+
+    def test_a_static_one_equals_the_masked_batch(self):
+        architecture = uniform_architecture(SPEC, 3)
+        predict = inference.make_static_predictor(
+            SPEC,
+            supernet_variables=VARIABLES,
+            architecture=architecture,
+            mean=self.MEAN,
+            std=self.STD,
+            lowering="shifted",
+        )
+        image = self.images()[0]
+        normalised = augment.normalise(image[None], mean=self.MEAN, std=self.STD)
+        expected = supernet.apply_eval(
+            SPEC, FOLDED, normalised, architecture[None], lowering="native"
+        )
+        assert relative_error(predict(image)[0], expected[0]) < 1e-4
+
+    def test_timing_takes_turns_and_gives_a_time_an_image(self):
+        calls = []
+
+        def recording(name):
+            return lambda image: (calls.append((name, int(image))), jnp.zeros(()))
+
+        count = 2 * inference._IMAGES_IN_A_ROW + 1
+        predictors = {name: recording(name) for name in "ab"}
+        times = inference.time_in_turn(predictors, [np.asarray(i) for i in range(count)])
+        assert [array.shape for array in times.values()] == [(count,), (count,)]
+        timed = calls[2:]  # The first call of each is the warm-up.
+        assert [image for name, image in timed if name == "b"] == list(range(count))
+        names = [name for name, _ in timed]
+        turns = 1 + sum(first != second for first, second in zip(names, names[1:], strict=False))
+        assert turns == 2 * 3
 
 
 def test_a_measured_table_is_complete_and_positive():

@@ -13,6 +13,7 @@ LAYERS = {
     1: {
         "errors",
         "search_space",
+        "cost",
         "policy",
         "rewards",
         "policy_gradient",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from instanas_jax import ops, search_space, supernet
+from tests.networks import as_if_trained
 
 BATCH = 4
 SPEC = search_space.preset("tiny", num_classes=10)
@@ -25,19 +26,7 @@ def random_masks(seed: int) -> np.ndarray:
 
 @functools.cache
 def variables():
-    """A supernet whose batch norms are not the identity, as after training."""
-    rng = np.random.default_rng(0)
-
-    def randomise(path, leaf):
-        name = path[-1].key
-        if name in ("scale", "var"):
-            return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), jnp.float32)
-        if name in ("bias", "mean"):
-            return jnp.asarray(rng.normal(scale=0.3, size=leaf.shape), jnp.float32)
-        return leaf
-
-    fresh = supernet.init(jax.random.key(0), SPEC)
-    return jax.tree_util.tree_map_with_path(randomise, fresh)
+    return as_if_trained(supernet.init(jax.random.key(0), SPEC))
 
 
 @functools.cache
@@ -246,6 +235,18 @@ class TestStaticArchitecture:
         assert np.all(
             full_stats["cell_00"]["expand"]["mean"] != before["cell_00"]["expand"]["mean"]
         )
+
+
+class TestFreshNetworks:
+    def test_a_residual_path_starts_as_the_identity(self):
+        """An MBConv path in the cell that repeats adds nothing yet: as if the cell were empty."""
+        fresh = supernet.init(jax.random.key(0), SPEC)
+        with_path = NO_PATH.copy()
+        with_path[:, 2, 0] = 1.0
+        empty = evaluate(fresh, images(), NO_PATH)
+        np.testing.assert_allclose(evaluate(fresh, images(), with_path), empty, rtol=1e-5)
+        # After training the same path is no longer silent.
+        assert relative_error(evaluate(variables(), images(), with_path), empty) > 1e-2
 
 
 class TestModes:

@@ -24,7 +24,7 @@ def make_setting(axis_name: str | None) -> Setting:
         spec=SPEC,
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
-        augmentation=augment.CIFAR,
+        augmentation=augment.Augmentation(pad=4, flip=True, cutout=16),
         seed=3,
         lowering="shifted",
         axis_name=axis_name,
