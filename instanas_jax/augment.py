@@ -77,7 +77,7 @@ def augment_and_normalise(
     Returns:
       `[B, H, W, 3]` float32.
     """
-    if augmentation == NONE:
+    if augmentation == Augmentation():
         return normalise(images, mean=mean, std=std)
     height, width = images.shape[1:3]
     # Always five draws in fixed places: changing one setting leaves the other draws as they were.
