@@ -45,11 +45,17 @@ class DataConfig:
     train_limit: int = setting(0, "Use at most this many training images; 0: all.", minimum=0)
     test_limit: int = setting(0, "Use at most this many test images; 0: all.", minimum=0)
     crop_pad: int = setting(
-        4, "Augmentation: pixels of padding before a random crop.", minimum=0, maximum=16
+        4,
+        "Augmentation: pixels of padding before a crop; 0: no crop.",
+        minimum=0,
+        maximum=16,
     )
     flip: bool = setting(True, "Augmentation: mirror half of the images.")
     cutout: int = setting(
-        16, "Augmentation: side in pixels of a square that is blanked.", minimum=0, maximum=64
+        16,
+        "Augmentation: side in pixels of a blanked square; 0: none.",
+        minimum=0,
+        maximum=64,
     )
 
     @property
@@ -69,7 +75,9 @@ class ModelConfig:
         "sum", "How a cell's active paths become one: the paper's sum, or mean.", choices=JOINS
     )
     head_channels: int = setting(
-        0, "Channels of the layer before the classifier; 0: the preset's.", minimum=0
+        0,
+        "Channels of the layer before the classifier; 0: the preset's, widened by --width above 1.",
+        minimum=0,
     )
     controller_channels: int = setting(
         0, "Channels of the controller's first segment; 0: the preset's.", minimum=0
@@ -121,6 +129,15 @@ class SearchConfig:
     controller_learning_rate: float = setting(5e-4, "Rate of Adam.", minimum=0.0)
     controller_decay_epochs: float = setting(
         100.0, "Controller's rate falls to a tenth after this many epochs; 0: never.", minimum=0.0
+    )
+    start_keep: float = setting(
+        0.5, "Probability of a path when the search begins.", minimum=0.01, maximum=0.99
+    )
+    start_op: str = setting(
+        "",
+        "Op that begins likelier on than off, so that greedy masks begin as the architecture of "
+        "this op alone; empty: none.",
+        choices=("", *(op.name for op in CANDIDATE_OPS)),
     )
     supernet_learning_rate: float = setting(5e-4, "Rate of plain SGD.", minimum=0.0)
     positive_weight: float = setting(30.0, "Reward weight of a right answer.", minimum=0.0)

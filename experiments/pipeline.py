@@ -31,7 +31,7 @@ from instanas_jax.errors import InputError
 from instanas_jax.stage import Setting, Stage
 from instanas_jax.train_state import TrainState
 
-_SURE = 0.99  # No policy begins surer of a path than this: its logit would be infinite.
+_START_OP_KEEP = 0.6  # Greedy masks begin with the start op, samples often without it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +187,9 @@ class Pipeline:
             dropout_start=section.dropout_start,
             dropout_end=section.dropout_end,
         )
-        # The search begins with the masks that pretraining ended with.
-        keep = min(section.final_keep, _SURE)
-        fresh = train_state.create(jax.random.key(self.config.run.seed), self.spec, keep=keep)
+        fresh = train_state.create(
+            jax.random.key(self.config.run.seed), self.spec, policy_start=self._policy_start()
+        )
         everything_on = np.ones(self.spec.mask_shape, np.float32)
         return self._run_stage(
             stage,
@@ -198,6 +198,13 @@ class Pipeline:
             total_steps=total_steps,
             validate=lambda state, step: self._validate(state, everything_on),
         )
+
+    def _policy_start(self) -> np.ndarray:
+        section = self.config.search
+        start = np.full(self.spec.mask_shape, section.start_keep)
+        if section.start_op:
+            start[:, search_space.op_index(section.start_op)] = _START_OP_KEEP
+        return start
 
     def _search(self, pretrained: TrainState) -> tuple[dict[str, TrainState], float]:
         section = self.config.search

@@ -3,12 +3,12 @@
 Source: InstaNAS (arXiv 1811.10201), section 3.3; layer widths from the authors' program.
 """
 
-import math
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from instanas_jax import convolution, layers
@@ -18,7 +18,7 @@ from instanas_jax.search_space import SupernetSpec
 
 Variables = dict[str, Any]
 
-# Logits start near one value: every path is on with the same probability, whatever the image.
+# Logits start near their biases, whatever the image.
 _INITIAL_LOGIT_GAIN = 0.1
 
 
@@ -120,14 +120,22 @@ class _Controller(nn.Module):
         return logits.reshape(-1, *spec.mask_shape)
 
 
-def init(key: jax.Array, spec: SupernetSpec, *, keep: float = 0.5) -> Variables:
-    """Fresh {"params", "batch_stats"}, float32, of a policy near `keep` for every path."""
+def init(key: jax.Array, spec: SupernetSpec, *, start: np.ndarray | None = None) -> Variables:
+    """Fresh {"params", "batch_stats"}, float32.
+
+    Args:
+      start: [L, O], about how likely the fresh policy switches each path on, whatever the image;
+        one half everywhere by default.
+    """
     module = _Controller(spec, lowering="native", axis_name=None)
     images = jax.ShapeDtypeStruct((1, spec.image_size, spec.image_size, 3), jnp.float32)
     shapes = jax.eval_shape(lambda inputs: module.init(key, inputs), images)
     variables = layers.initialise(key, shapes, linear_gain=_INITIAL_LOGIT_GAIN)
-    bias = variables["params"]["logits"]["bias"]
-    variables["params"]["logits"]["bias"] = jnp.full_like(bias, math.log(keep / (1.0 - keep)))
+    if start is not None:
+        sure = np.clip(start, 0.01, 0.99)  # A probability of 0 or 1 has no logit.
+        variables["params"]["logits"]["bias"] = jnp.asarray(
+            np.log(sure / (1.0 - sure)).ravel(), jnp.float32
+        )
     return variables
 
 

@@ -1,6 +1,7 @@
 """The machine: how XLA's CPU backend is set up here, and what a measurement ran on."""
 
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import platform
@@ -12,23 +13,30 @@ import instanas_jax
 
 _CPU_INFO = pathlib.Path("/proc/cpuinfo")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-
-
 _OPTIMIZATION_LEVEL = "--xla_backend_optimization_level"
 
 
 def configure_cpu() -> None:
     """Sets XLA's CPU backend up for networks of many small kernels; call it before any other JAX.
 
+    Does nothing where JAX has an accelerator's plugin, whose compiler reads the same flags.
+
     A program runs on the thread that calls it: waking another costs 20 to 40 us, which is much of
     a small network's time and all of a small cell's, so a latency table would be mostly that.
     LLVM at level 1 compiles the supernet's update a fifth faster into code that is as fast: the
     loops that matter are XLA's own. A level that the user's XLA_FLAGS name stays.
     """
+    if _has_accelerator_plugin():
+        return
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     flags = os.environ.get("XLA_FLAGS", "")
     if _OPTIMIZATION_LEVEL not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_OPTIMIZATION_LEVEL}=1".strip()
+
+
+def _has_accelerator_plugin() -> bool:
+    """Known without starting a backend, which would read the flags."""
+    return any(importlib.util.find_spec(module) for module in ("jax_plugins", "libtpu"))
 
 
 def describe_device() -> dict[str, Any]:

@@ -199,10 +199,10 @@ def preset(
       name: one of `PRESETS`.
       num_classes: `K`.
       width: multiplies every channel count but the controller's; channels are rounded to
-        multiples of 8, and the head is not shrunk under 1280 (both MobileNetV2's rules).
+        multiples of 8, and the head is not narrower than the preset's (MobileNetV2's rules).
       stem_stride: replaces the preset's stride of the stem; 2 quarters the cost of every cell.
       join: see `SupernetSpec`.
-      head_channels: replaces the width of the last layer before the classifier.
+      head_channels: replaces the width of the last layer before the classifier, as it is.
       controller_channels: replaces the width of the controller's first segment.
       controller_pool: replaces the factor by which the controller's images shrink.
 

@@ -6,6 +6,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from instanas_jax import controller, optimizers, supernet
 from instanas_jax.search_space import SupernetSpec
@@ -21,16 +22,18 @@ class TrainState:
     optimizer: dict[str, Any]  # Of both networks; a stage uses those it trains.
 
 
-def create(key: jax.Array, spec: SupernetSpec, *, keep: float = 0.5) -> TrainState:
+def create(
+    key: jax.Array, spec: SupernetSpec, *, policy_start: np.ndarray | None = None
+) -> TrainState:
     """Fresh networks at step 0.
 
     Args:
-      keep: probability of every path under the fresh controller's policy.
+      policy_start: [L, O], see `controller.init`.
     """
     supernet_key, controller_key = jax.random.split(key)
     networks = {
         "supernet": supernet.init(supernet_key, spec),
-        "controller": controller.init(controller_key, spec, keep=keep),
+        "controller": controller.init(controller_key, spec, start=policy_start),
     }
     empty = TrainState(step=jnp.zeros((), jnp.int32), optimizer={}, **networks)
     return restart(empty)

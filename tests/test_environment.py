@@ -26,7 +26,15 @@ def restored(monkeypatch):
 def test_a_users_xla_flags_stay(restored, before, after):
     restored.setenv("XLA_FLAGS", before)
     environment.configure_cpu()
+    assert not jax.config.read("jax_cpu_enable_async_dispatch")
     assert os.environ["XLA_FLAGS"] == after
+
+
+def test_an_accelerators_compiler_keeps_its_flags(restored):
+    restored.setenv("XLA_FLAGS", "")
+    restored.setattr(environment, "_has_accelerator_plugin", lambda: True)
+    environment.configure_cpu()
+    assert os.environ["XLA_FLAGS"] == ""
 
 
 def test_the_device_is_named():

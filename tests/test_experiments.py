@@ -13,8 +13,10 @@ from absl import flags
 from experiments import cifar10, cifar100, digits, run, stage_runner
 from experiments import flags as flags_lib
 from experiments.config import Config, RunConfig, validate_section
+from experiments.pipeline import Pipeline
 from experiments.workdir import Workdir
-from instanas_jax import data, data_sources, environment, metrics, parallel
+from instanas_jax import data, data_sources, metrics, parallel
+from instanas_jax.augment import Augmentation
 from instanas_jax.errors import InputError
 from tests.test_training import fresh_state, make_stage
 
@@ -223,5 +225,23 @@ def test_a_foreign_table_is_refused_by_the_program(tmp_path, fake_data):
         run._run("synthetic")
 
 
-def test_the_device_is_described():
-    assert {"cpu", "cores"} <= set(environment.describe_device())
+def test_augmentation_is_what_the_flags_say(tmp_path):
+    parse(*TINY, "--crop_pad=3", "--noflip", "--cutout=5")
+    assert flags_lib.read("synthetic").data.augmentation == Augmentation(pad=3, cutout=5)
+    assert digits.DEFAULTS.data.augmentation == Augmentation(pad=2)
+    assert cifar100.DEFAULTS.data.augmentation == Augmentation(pad=4, flip=True, cutout=16)
+
+
+def test_the_search_starts_where_the_flags_say(tmp_path, fake_data):
+    parse(
+        *TINY,
+        f"--workdir={tmp_path / 'w'}",
+        "--search_start_keep=0.2",
+        "--search_start_op=mbconv_k5_e3",
+    )
+    config = flags_lib.read("synthetic")
+    dataset = data.load("synthetic", validation_size=16)
+    workdir = Workdir(str(tmp_path / "w"), config=config.to_json(), flags_text="")
+    start = Pipeline(config, dataset=dataset, workdir=workdir)._policy_start()
+    np.testing.assert_allclose(start[:, 3], 0.6)
+    np.testing.assert_allclose(np.delete(start, 3, axis=1), 0.2)

@@ -60,6 +60,21 @@ class TestCells:
         assert [cell.in_size for cell in spec.cells] == [16] * 4 + [8] * 3 + [4] * 7 + [2] * 3
 
 
+def test_what_is_asked_for_replaces_the_presets():
+    spec = search_space.preset(
+        "px32",
+        num_classes=7,
+        width=0.5,
+        stem_stride=2,
+        join="mean",
+        head_channels=320,
+        controller_channels=8,
+        controller_pool=4,
+    )
+    assert (spec.num_classes, spec.stem_stride, spec.join) == (7, 2, "mean")
+    assert (spec.head_channels, spec.controller_channels, spec.controller_pool) == (320, 8, 4)
+
+
 class TestWidth:
     @pytest.mark.parametrize(
         ("width", "stem", "groups", "head"),

@@ -255,7 +255,7 @@ class TestModes:
         r + 10 (new - r). The variance so found is the unbiased one: on maps of 8 x 8 in 4 images
         it is 256 / 255 of the biased one that training divides by, hence the tolerance."""
         mask = np.tile(random_masks(0)[:1], (BATCH, 1, 1))
-        fresh = supernet.init(jax.random.key(0), SPEC)
+        fresh = variables()
         logits, new = train(fresh, images(), mask)
         batch_stats = jax.tree.map(
             lambda old, moved: old + 10.0 * (moved - old), fresh["batch_stats"], new
