@@ -13,7 +13,6 @@ from tests.networks import as_if_trained
 
 SPEC = preset("tiny", num_classes=10)
 VARIABLES = as_if_trained(supernet.init(jax.random.key(0), SPEC))
-CONTROLLER = as_if_trained(controller.init(jax.random.key(2), SPEC), seed=1)
 FOLDED = supernet.fold(VARIABLES)
 WEIGHTS = inference.prepare_weights(SPEC, FOLDED)
 IMAGE = jax.random.normal(jax.random.key(1), (1, 32, 32, 3))
@@ -77,11 +76,26 @@ class TestPredictors:
 
     MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
-    def predictor(self):
+    def controller_that_tells_images_apart(self):
+        """Its mean logits over the images are zero, so each path is on for some of them."""
+        variables = as_if_trained(controller.init(jax.random.key(2), SPEC), seed=1)
+        linear = variables["params"]["logits"]
+        linear["bias"] -= self.policy_logits(variables).mean(axis=0).ravel()
+        return variables
+
+    def policy_logits(self, variables):
+        return controller.apply_eval(
+            SPEC, controller.fold(variables), self.normalised(), lowering="native"
+        )
+
+    def normalised(self):
+        return augment.normalise(self.images(), mean=self.MEAN, std=self.STD)
+
+    def predictor(self, controller_variables):
         return inference.make_predictor(
             SPEC,
             supernet_variables=VARIABLES,
-            controller_variables=CONTROLLER,
+            controller_variables=controller_variables,
             mean=self.MEAN,
             std=self.STD,
             lowering="shifted",
@@ -91,17 +105,13 @@ class TestPredictors:
         return np.random.default_rng(3).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
 
     def test_one_image_at_a_time_equals_the_masked_batch(self):
-        images = self.images()
-        normalised = augment.normalise(images, mean=self.MEAN, std=self.STD)
-        logits = controller.apply_eval(
-            SPEC, controller.fold(CONTROLLER), normalised, lowering="native"
-        )
-        mask = policy.greedy(logits)
+        controller_variables = self.controller_that_tells_images_apart()
+        mask = policy.greedy(self.policy_logits(controller_variables))
         # The test would show little if every image had one architecture, or every path.
         assert len(np.unique(np.asarray(mask), axis=0)) > 1 and 0.2 < float(mask.mean()) < 0.8
-        expected = supernet.apply_eval(SPEC, FOLDED, normalised, mask, lowering="native")
-        predict = self.predictor()
-        for image, architecture, class_logits in zip(images, mask, expected, strict=True):
+        expected = supernet.apply_eval(SPEC, FOLDED, self.normalised(), mask, lowering="native")
+        predict = self.predictor(controller_variables)
+        for image, architecture, class_logits in zip(self.images(), mask, expected, strict=True):
             predicted, ran = predict(image)
             np.testing.assert_array_equal(ran, architecture)
             assert relative_error(predicted, class_logits) < 1e-4
@@ -116,12 +126,10 @@ class TestPredictors:
             std=self.STD,
             lowering="shifted",
         )
-        image = self.images()[0]
-        normalised = augment.normalise(image[None], mean=self.MEAN, std=self.STD)
         expected = supernet.apply_eval(
-            SPEC, FOLDED, normalised, architecture[None], lowering="native"
+            SPEC, FOLDED, self.normalised()[:1], architecture[None], lowering="native"
         )
-        assert relative_error(predict(image)[0], expected[0]) < 1e-4
+        assert relative_error(predict(self.images()[0])[0], expected[0]) < 1e-4
 
     def test_timing_takes_turns_and_gives_a_time_an_image(self):
         calls = []
