@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import evaluation, results, stage_runner
-from experiments.config import Config
+from experiments.config import Config, FinetuneConfig, PretrainConfig
 from experiments.workdir import Workdir
 from instanas_jax import (
     convolution,
@@ -42,6 +42,14 @@ class Network:
     state: TrainState
     seconds: float
     architecture: np.ndarray | None = None
+
+
+def _sgd(section: PretrainConfig | FinetuneConfig) -> optimizers.SgdSettings:
+    return optimizers.SgdSettings(
+        section.learning_rate,
+        section.schedule,  # pyright: ignore[reportArgumentType]
+        weight_decay=section.weight_decay,
+    )
 
 
 class Pipeline:
@@ -177,11 +185,7 @@ class Pipeline:
         total_steps = self._steps(section.epochs, section.batch_size)
         stage = stages.pretrain(
             self.setting,
-            sgd=optimizers.SgdSettings(
-                section.learning_rate,
-                section.schedule,  # pyright: ignore[reportArgumentType]
-                weight_decay=section.weight_decay,
-            ),
+            sgd=_sgd(section),
             total_steps=total_steps,
             final_keep=section.final_keep,
             dropout_start=section.dropout_start,
@@ -259,11 +263,7 @@ class Pipeline:
         return stages.finetune(
             self.setting,
             name="finetune",
-            sgd=optimizers.SgdSettings(
-                section.learning_rate,
-                section.schedule,  # pyright: ignore[reportArgumentType]
-                weight_decay=section.weight_decay,
-            ),
+            sgd=_sgd(section),
             total_steps=total_steps,
             static_architecture=architecture,
         )

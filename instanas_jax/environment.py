@@ -22,7 +22,7 @@ def configure_cpu() -> None:
     Does nothing where JAX has an accelerator's plugin, whose compiler reads the same flags.
 
     A program runs on the thread that calls it: waking another costs 20 to 40 us, which is much of
-    a small network's time and all of a small cell's, so a latency table would be mostly that.
+    a small network's time and as much as a small cell takes.
     LLVM at level 1 compiles the supernet's update a fifth faster into code that is as fast: the
     loops that matter are XLA's own. A level that the user's XLA_FLAGS name stays.
     """

@@ -75,6 +75,7 @@ class TestPredictors:
     """What is deployed: uint8 images in, weights packed into the program."""
 
     MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    COMMON = {"supernet_variables": VARIABLES, "mean": MEAN, "std": STD, "lowering": "shifted"}
 
     def controller_that_tells_images_apart(self):
         """Its mean logits over the images are zero, so each path is on for some of them."""
@@ -94,11 +95,8 @@ class TestPredictors:
     def predictor(self, controller_variables):
         return inference.make_predictor(
             SPEC,
-            supernet_variables=VARIABLES,
             controller_variables=controller_variables,
-            mean=self.MEAN,
-            std=self.STD,
-            lowering="shifted",
+            **self.COMMON,
         )
 
     def images(self):
@@ -120,11 +118,8 @@ class TestPredictors:
         architecture = uniform_architecture(SPEC, 3)
         predict = inference.make_static_predictor(
             SPEC,
-            supernet_variables=VARIABLES,
             architecture=architecture,
-            mean=self.MEAN,
-            std=self.STD,
-            lowering="shifted",
+            **self.COMMON,
         )
         expected = supernet.apply_eval(
             SPEC, FOLDED, self.normalised()[:1], architecture[None], lowering="native"
