@@ -11,6 +11,7 @@ from typing import Any
 from instanas_jax.augment import Augmentation
 from instanas_jax.errors import InputError
 from instanas_jax.optimizers import SCHEDULE_KINDS
+from instanas_jax.policy_gradient import ADVANTAGE_KINDS
 from instanas_jax.search_space import (
     CANDIDATE_OPS,
     JOINS,
@@ -149,6 +150,11 @@ class SearchConfig:
     entropy_weight: float = setting(0.8, "Paper's beta: weight of the entropy.", minimum=0.0)
     entropy_kind: str = setting(
         "one_sided", "Entropy: the authors' one-sided or binary.", choices=("one_sided", "binary")
+    )
+    advantage: str = setting(
+        "self_critical",
+        "Sampled less greedy reward, as it is or standardised over the batch.",
+        choices=ADVANTAGE_KINDS,
     )
     upper_bound_start: float = setting(
         0.7, "Latency bound at the start, as a share of all paths on.", minimum=0.01

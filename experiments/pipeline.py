@@ -249,6 +249,7 @@ class Pipeline:
                 bounding=section.bounding,
                 entropy_weight=section.entropy_weight,
                 entropy_kind=section.entropy_kind,  # pyright: ignore[reportArgumentType]
+                advantage=section.advantage,  # pyright: ignore[reportArgumentType]
             ),
             controller_rate=optimizers.decay_schedule(
                 section.controller_learning_rate, decay_steps=decay_steps or None

@@ -1,13 +1,10 @@
 """Skipping execution: only the paths that the controller chose run.
 
-One image goes through one compiled program: controller, greedy mask, a `lax.cond` for each cell
-and each path, head. It compiles once for all architectures, because predicates are scalars.
+One image goes through one compiled program: controller, greedy mask, a `lax.switch` for each cell,
+head. It compiles once for all architectures, because the switches' indices are scalars.
 (`vmap` would turn the branches into selects that run both sides, so batches need other means.)
 """
 
-import dataclasses
-import functools
-import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from instanas_jax import augment, controller, convolution, ops, policy, supernet
+from instanas_jax import augment, controller, convolution, ops, packing, policy, supernet
 from instanas_jax.layers import Folded
 from instanas_jax.search_space import CANDIDATE_OPS, CellSpec, Join, SupernetSpec
 
 Weights = dict[str, Any]
 Predict = Callable[[np.ndarray], tuple[jax.Array, jax.Array]]
+Path = Callable[[jax.Array], jax.Array]  # One op of a cell, weights inside.
 
 
 def prepare_weights(spec: SupernetSpec, supernet_folded: Folded) -> Weights:
@@ -58,63 +56,93 @@ def apply_skipping(
       [1, K], equal to `supernet.apply_eval` within rounding.
     """
     resolved, _ = policy.resolve_empty_cells(mask, spec.forced_cells)
-    codes = _path_codes(resolved[0])
+    codes, branches = _decisions(resolved[0])
     ends = _read_ends(weights)
     x = supernet.apply_stem(spec, ends, image, lowering=lowering)
     for index, cell in enumerate(spec.cells):
-        run = functools.partial(
-            _apply_chosen, cell, weights["paths"][index], join=spec.join, lowering=lowering
-        )
-        skip = functools.partial(_skip_cell, cell)
-        x = lax.cond(codes[index] > 0, run, skip, x, codes[index])
+        runs = _path_programs(cell, weights["paths"][index], lowering)
+        x = _apply_cell(cell, runs, x, codes[index], branches[index], spec.join)
     return supernet.apply_head(ends, x, lowering=lowering)
 
 
-def _path_codes(architecture: jax.Array) -> jax.Array:
-    """An architecture [L, O] as an integer a cell, int32 [L]; bit `op` is set where op is on.
+# Branches of a cell: one for each op alone, then these two.
+_SEVERAL = len(ops.ALL_OPS)
+_NONE = _SEVERAL + 1
 
-    A path's predicate is then computed inside its cell. 85 predicates taken from the mask at
-    once are 85 kernels that XLA's runtime spreads over threads before the first cell begins.
+
+def _decisions(architecture: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What each cell of an architecture [L, O] does.
+
+    Returns:
+      The cell as an integer whose bit `op` is set where op is on, and its branch; int32 [L].
     """
-    return jnp.sum(architecture.astype(jnp.int32) << jnp.arange(len(ops.ALL_OPS)), axis=-1)
+    on = architecture.astype(jnp.int32)
+    codes = jnp.sum(on << jnp.arange(len(ops.ALL_OPS)), axis=-1)
+    count = jnp.sum(on, axis=-1)
+    alone = jnp.argmax(on, axis=-1).astype(jnp.int32)
+    branches = jnp.where(count == 1, alone, jnp.where(count == 0, _NONE, _SEVERAL))
+    # Computed for all cells at once; else XLA would make kernels of it for every cell.
+    return lax.optimization_barrier((codes, branches))
+
+
+def _path_programs(
+    cell: CellSpec, paths: list[Folded], lowering: convolution.Lowering
+) -> list[Path]:
+    def program(op: int) -> Path:
+        return lambda x: ops.apply_op(
+            cell, CANDIDATE_OPS[op], packing.read(paths[op]), x, lowering=lowering
+        )
+
+    return [program(op) for op in ops.ALL_OPS]
+
+
+def _apply_cell(
+    cell: CellSpec,
+    runs: list[Path],
+    x: jax.Array,
+    code: jax.Array,
+    branch: jax.Array,
+    join: Join,
+) -> jax.Array:
+    """One cell under its decision.
+
+    Most cells run one op or none: such a branch is as short as a static network's cell.
+    """
+
+    def several(x: jax.Array) -> jax.Array:
+        return _apply_several(cell, runs, x, code, join)
+
+    def none(x: jax.Array) -> jax.Array:
+        return x
+
+    return lax.switch(branch, [*runs, several, *([] if cell.forces_op else [none])], x)
+
+
+def _apply_several(
+    cell: CellSpec,
+    runs: list[Path],
+    x: jax.Array,
+    code: jax.Array,
+    join: Join,
+) -> jax.Array:
+    """The paths whose bits are set, one after another, joined."""
+
+    def add_next(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        remaining, total = state
+        lowest_bit = remaining & -remaining
+        op = lax.population_count(lowest_bit - 1)
+        added = lax.switch(op, [lambda x, total, run=run: total + run(x) for run in runs], x, total)
+        return remaining - lowest_bit, added
+
+    nothing = jnp.zeros((1, cell.out_size, cell.out_size, cell.out_channels))
+    _, total = lax.while_loop(lambda state: state[0] != 0, add_next, (code, nothing))
+    active = (code >> jnp.arange(len(runs))) & 1
+    return total * ops.join_scale(active.astype(total.dtype), join)
 
 
 def _read_ends(weights: Weights) -> Weights:
     """Stem, head and classifier, which every architecture runs."""
-    return _read({name: weights[name] for name in ("stem", "head", "classifier")})
-
-
-def _no_output(cell: CellSpec) -> jax.Array:
-    return jnp.zeros((1, cell.out_size, cell.out_size, cell.out_channels))
-
-
-def _skip_cell(cell: CellSpec, x: jax.Array, code: jax.Array) -> jax.Array:
-    """An empty cell passes its input on. One that can't be empty is a branch nevertheless, so
-    that its predicates are computed inside; this side of it never runs."""
-    del code
-    return _no_output(cell) if cell.forces_op else x
-
-
-def _apply_chosen(
-    cell: CellSpec,
-    paths: list[Folded],
-    x: jax.Array,
-    code: jax.Array,
-    *,
-    join: Join,
-    lowering: convolution.Lowering,
-) -> jax.Array:
-    """The paths of one cell whose bits are set, joined; at least one is."""
-    active = [(code >> op) & 1 for op in ops.ALL_OPS]
-    total = _no_output(cell)
-    for op in ops.ALL_OPS:
-
-        def run(x, total, op=op):
-            weights = _read(paths[op])  # Here, or a branch that is not taken would still read.
-            return total + ops.apply_op(cell, CANDIDATE_OPS[op], weights, x, lowering=lowering)
-
-        total = lax.cond(active[op] == 1, run, lambda x, total: total, x, total)
-    return total * ops.join_scale(jnp.stack(active).astype(total.dtype), join)
+    return packing.read({name: weights[name] for name in ("stem", "head", "classifier")})
 
 
 def apply_static(
@@ -132,12 +160,8 @@ def apply_static(
     ends = _read_ends(weights)
     x = supernet.apply_stem(spec, ends, image, lowering=lowering)
     for index, cell in enumerate(spec.cells):
-        outputs = [
-            ops.apply_op(
-                cell, CANDIDATE_OPS[op], _read(weights["paths"][index][op]), x, lowering=lowering
-            )
-            for op in np.flatnonzero(chosen[index])
-        ]
+        runs = _path_programs(cell, weights["paths"][index], lowering)
+        outputs = [runs[op](x) for op in np.flatnonzero(chosen[index])]
         if outputs:
             x = sum(outputs[1:], start=outputs[0])
             x = x * (1.0 / len(outputs) if spec.join == "mean" else 1.0)
@@ -165,10 +189,12 @@ def make_predictor(
     def predict(image):
         normalised = augment.normalise(image[None], mean=mean, std=std)
         policy_logits = controller.apply_eval(
-            spec, _read(_embed(controller_weights)), normalised, lowering=lowering
+            spec, packing.read(packing.embed(controller_weights)), normalised, lowering=lowering
         )
         mask = policy.greedy(policy_logits)
-        class_logits = apply_skipping(spec, _embed(weights), normalised, mask, lowering=lowering)
+        class_logits = apply_skipping(
+            spec, packing.embed(weights), normalised, mask, lowering=lowering
+        )
         return class_logits[0], mask[0]
 
     return predict
@@ -190,7 +216,7 @@ def make_static_predictor(
     def predict(image):
         normalised = augment.normalise(image[None], mean=mean, std=std)
         class_logits = apply_static(
-            spec, _embed(weights), normalised, architecture, lowering=lowering
+            spec, packing.embed(weights), normalised, architecture, lowering=lowering
         )
         return class_logits[0], jnp.asarray(architecture)
 
@@ -198,50 +224,8 @@ def make_static_predictor(
 
 
 def _on_host(weights: Weights) -> Weights:
-    """As numpy arrays, which `_embed` makes constants of a program."""
+    """As numpy arrays, which `packing.embed` makes constants of a program."""
     return jax.tree.map(np.asarray, weights)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Cut:
-    """A small array that lies in a longer vector."""
-
-    vector: jax.Array
-    start: int
-    shape: tuple[int, ...]
-
-    def read(self) -> jax.Array:
-        stop = self.start + math.prod(self.shape)
-        return lax.slice(self.vector, (self.start,), (stop,)).reshape(self.shape)
-
-
-def _embed(weights: Weights) -> Weights:
-    """Inside a traced function: numpy weights as few constants of the program.
-
-    Each array has a price in every call, whether its path runs or not: as an argument 1 us, as a
-    constant of XLA's CPU client 0.5 us, and a supernet has 480. Matrices and dense kernels have to
-    be buffers of their own. Biases and depthwise kernels are read inside fused loops, which
-    index one long vector just as well; the barrier keeps XLA from cutting it up again.
-    """
-    leaves, structure = jax.tree.flatten(weights)
-    small = [leaf for leaf in leaves if _is_read_in_loops(leaf)]
-    vector = lax.optimization_barrier(jnp.asarray(np.concatenate([leaf.ravel() for leaf in small])))
-    starts = iter(np.cumsum([0, *(leaf.size for leaf in small)]).tolist())
-    embedded = [
-        _Cut(vector, next(starts), leaf.shape) if _is_read_in_loops(leaf) else leaf
-        for leaf in leaves
-    ]
-    return jax.tree.unflatten(structure, embedded)
-
-
-def _is_read_in_loops(leaf: np.ndarray) -> bool:
-    """Whether this is a bias [C] or a depthwise kernel [k, k, C]."""
-    return leaf.ndim in (1, 3)
-
-
-def _read(weights: Weights) -> Weights:
-    """Weights as arrays, where `_embed` made some of them cuts of its vector."""
-    return jax.tree.map(lambda leaf: leaf.read() if isinstance(leaf, _Cut) else leaf, weights)
 
 
 # A deployed network answers many images one after another, with its weights in cache; networks

@@ -4,11 +4,19 @@ Source: InstaNAS (arXiv 1811.10201), section 3.3; self-critical sequence trainin
 (arXiv 1612.00563), equation 7.
 """
 
+from typing import Literal
+
 import chex
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from instanas_jax import policy
+
+AdvantageKind = Literal["self_critical", "standardised"]
+ADVANTAGE_KINDS: tuple[AdvantageKind, ...] = ("self_critical", "standardised")
+
+_SMALLEST_SPREAD = 1e-3  # Of rewards: equal ones must not become large by division.
 
 
 def self_critical_advantage(sampled_reward: jax.Array, greedy_reward: jax.Array) -> jax.Array:
@@ -19,6 +27,28 @@ def self_critical_advantage(sampled_reward: jax.Array, greedy_reward: jax.Array)
     """
     chex.assert_equal_shape([sampled_reward, greedy_reward])
     return sampled_reward - greedy_reward
+
+
+def standardise(advantage: jax.Array, *, axis_name: str | None = None) -> jax.Array:
+    """Advantages at mean 0 and standard deviation 1 over the global batch; [B].
+
+    A sample is usually worse than the greedy answer, if only for being noise. Its advantage is
+    then negative whatever it drew, and every update makes the policy more certain of what it
+    does already; after some 30 updates on digits nothing was left to choose. The mean takes that
+    away, and the scale makes rates and entropy weights independent of the reward's.
+
+    Args:
+      axis_name: the device axis that shares the global batch, if any.
+    """
+    chex.assert_rank(advantage, 1)
+
+    def mean(values: jax.Array) -> jax.Array:
+        local = jnp.mean(values)
+        return lax.pmean(local, axis_name) if axis_name else local
+
+    centred = advantage - mean(advantage)
+    spread = jnp.sqrt(mean(jnp.square(centred)))
+    return centred / jnp.maximum(spread, _SMALLEST_SPREAD)
 
 
 def reinforce_loss(

@@ -52,6 +52,7 @@ class RewardSettings:
     bounding: float = 0.8
     entropy_weight: float = 0.8
     entropy_kind: policy.EntropyKind = "one_sided"
+    advantage: policy_gradient.AdvantageKind = "self_critical"
 
 
 def search(
@@ -133,6 +134,8 @@ def search(
             totals, latency_ms, correct = reward_of(class_logits, both_labels, masks, state.step)
             sampled_reward, greedy_reward = jnp.split(totals, 2)
             advantage = policy_gradient.self_critical_advantage(sampled_reward, greedy_reward)
+            if reward.advantage == "standardised":
+                advantage = policy_gradient.standardise(advantage, axis_name=setting.axis_name)
             loss = policy_gradient.reinforce_loss(
                 policy_logits,
                 sampled,

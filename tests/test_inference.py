@@ -60,7 +60,8 @@ def test_an_unchosen_path_does_not_run():
     assert np.isnan(skipping(poisoned, mask[None])).all()
 
 
-def test_the_program_holds_one_branch_a_cell_and_one_a_path():
+def test_the_program_decides_cell_by_cell():
+    """A branch for each op alone, one for several, one for none where a cell may be empty."""
     text = (
         jax.jit(
             lambda mask: inference.apply_skipping(SPEC, WEIGHTS, IMAGE, mask, lowering="shifted")
@@ -68,7 +69,9 @@ def test_the_program_holds_one_branch_a_cell_and_one_a_path():
         .lower(jnp.ones((1, *SPEC.mask_shape)))
         .as_text()
     )
-    assert text.count("stablehlo.case") == SPEC.num_cells * (1 + 5)
+    several = 1
+    assert text.count("stablehlo.case") == SPEC.num_cells * (1 + several)
+    assert text.count("stablehlo.while") == SPEC.num_cells
 
 
 class TestPredictors:

@@ -34,6 +34,7 @@ LAYERS = {
         "search",
         "profiling",
         "inference",
+        "packing",
         "static_nas",
     },
     4: {"parallel", "train_loop", "checkpoint"},
