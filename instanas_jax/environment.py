@@ -1,10 +1,13 @@
 """The machine: how XLA's CPU backend is set up here, and what a measurement ran on."""
 
+import concurrent.futures
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
 import pathlib
 import platform
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +16,8 @@ import instanas_jax
 
 _CPU_INFO = pathlib.Path("/proc/cpuinfo")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+# Options of glibc's mallopt, from <malloc.h>.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _OPTIMIZATION_LEVEL = "--xla_backend_optimization_level"
 
 
@@ -25,18 +30,38 @@ def configure_cpu() -> None:
     a small network's time and as much as a small cell takes.
     LLVM at level 1 compiles the supernet's update a fifth faster into code that is as fast: the
     loops that matter are XLA's own. A level that the user's XLA_FLAGS name stays.
+    Freed memory stays with the process. XLA allocates the temporaries of a step anew, hundreds of
+    megabytes; faulting fresh pages in took a third of a training step (width 0.75, batch 64:
+    0.72 s, without 0.51 s).
     """
     if _has_accelerator_plugin():
         return
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    _keep_freed_memory()
     flags = os.environ.get("XLA_FLAGS", "")
     if _OPTIMIZATION_LEVEL not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_OPTIMIZATION_LEVEL}=1".strip()
 
 
+def _keep_freed_memory() -> None:
+    """Nothing happens where the C library is not glibc."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_MAX, 0)
+        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def _has_accelerator_plugin() -> bool:
     """Known without starting a backend, which would read the flags."""
     return any(importlib.util.find_spec(module) for module in ("jax_plugins", "libtpu"))
+
+
+def run_together(calls: Sequence[Callable[[], object]]) -> None:
+    """Makes all calls, on as many threads as there are processors: for first calls, which
+    compile."""
+    with concurrent.futures.ThreadPoolExecutor(_usable_processors()) as threads:
+        for finished in [threads.submit(call) for call in calls]:
+            finished.result()
 
 
 def describe_device() -> dict[str, Any]:

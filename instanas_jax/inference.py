@@ -5,6 +5,7 @@ head. It compiles once for all architectures, because the switches' indices are 
 (`vmap` would turn the branches into selects that run both sides, so batches need other means.)
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,7 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from instanas_jax import augment, controller, convolution, ops, packing, policy, supernet
+from instanas_jax import (
+    augment,
+    controller,
+    convolution,
+    environment,
+    ops,
+    packing,
+    policy,
+    supernet,
+)
 from instanas_jax.layers import Folded
 from instanas_jax.search_space import CANDIDATE_OPS, CellSpec, Join, SupernetSpec
 
@@ -243,8 +253,9 @@ def time_in_turn(predictors: dict[str, Predict], images: Iterable[np.ndarray]) -
       For each name an array [number of images].
     """
     images = list(images)
-    for predict in predictors.values():
-        jax.block_until_ready(predict(images[0]))
+    environment.run_together(
+        [functools.partial(predict, images[0]) for predict in predictors.values()]
+    )
     times: dict[str, list[float]] = {name: [] for name in predictors}
     for first in range(0, len(images), _IMAGES_IN_A_ROW):
         for name, predict in predictors.items():

@@ -57,8 +57,9 @@ def measure(
     fixed, cells = _programs(spec, lowering, jax.random.key(seed))
     distinct = {**{("fixed", name): program for name, program in fixed.items()}, **cells}
     empty_calls = {key: _empty_call(program) for key, program in distinct.items()}
-    for program in (*distinct.values(), *empty_calls.values()):
-        program.seconds()
+    environment.run_together(
+        [program.seconds for program in (*distinct.values(), *empty_calls.values())]
+    )
 
     seconds: dict[Any, list[float]] = {key: [] for key in distinct}
     overhead: dict[Any, list[float]] = {key: [] for key in distinct}
