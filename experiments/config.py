@@ -156,6 +156,7 @@ class SearchConfig:
         "Sampled less greedy reward, as it is or standardised over the batch.",
         choices=ADVANTAGE_KINDS,
     )
+    samples: int = setting(1, "Masks drawn an image for one controller update.", minimum=1)
     upper_bound_start: float = setting(
         0.7, "Latency bound at the start, as a share of all paths on.", minimum=0.01
     )

@@ -250,6 +250,7 @@ class Pipeline:
                 entropy_weight=section.entropy_weight,
                 entropy_kind=section.entropy_kind,  # pyright: ignore[reportArgumentType]
                 advantage=section.advantage,  # pyright: ignore[reportArgumentType]
+                samples=section.samples,
             ),
             controller_rate=optimizers.decay_schedule(
                 section.controller_learning_rate, decay_steps=decay_steps or None

@@ -22,6 +22,7 @@ from instanas_jax import (
 )
 from instanas_jax.stage import (
     Batch,
+    Draws,
     Inputs,
     Metrics,
     Phase,
@@ -53,6 +54,7 @@ class RewardSettings:
     entropy_weight: float = 0.8
     entropy_kind: policy.EntropyKind = "one_sided"
     advantage: policy_gradient.AdvantageKind = "self_critical"
+    samples: int = 1  # Masks drawn an image for one update; the paper's is one.
 
 
 def search(
@@ -118,39 +120,43 @@ def search(
                 dtype=setting.dtype,
                 axis_name=setting.axis_name,
             )
-            sampled = policy.sample(draws.mask, policy_logits, bounding=reward.bounding)
-            greedy = policy.greedy(policy_logits)
-            # One pass over both masks: the sampled ones first, then the greedy ones.
-            masks = lax.stop_gradient(jnp.concatenate([sampled, greedy]))
-            both_labels = jnp.concatenate([labels, labels])
+            sampled = _sample_masks(draws, policy_logits, reward)
+            # One pass over all masks: the sampled ones first, then the greedy ones.
+            masks = lax.stop_gradient(jnp.concatenate([sampled, policy.greedy(policy_logits)]))
+            repeats = reward.samples + 1
             class_logits = supernet.apply_eval(
                 spec,
                 frozen_supernet,
-                jnp.concatenate([images, images]),
+                jnp.concatenate([images] * repeats),
                 masks,
                 lowering=setting.lowering,
                 dtype=setting.dtype,
             )
-            totals, latency_ms, correct = reward_of(class_logits, both_labels, masks, state.step)
-            sampled_reward, greedy_reward = jnp.split(totals, 2)
-            advantage = policy_gradient.self_critical_advantage(sampled_reward, greedy_reward)
+            totals, latency_ms, correct = reward_of(
+                class_logits, jnp.concatenate([labels] * repeats), masks, state.step
+            )
+            sampled_reward, greedy_reward = jnp.split(totals, [len(sampled)])
+            advantage = policy_gradient.self_critical_advantage(
+                sampled_reward, jnp.concatenate([greedy_reward] * reward.samples)
+            )
             if reward.advantage == "standardised":
                 advantage = policy_gradient.standardise(advantage, axis_name=setting.axis_name)
             loss = policy_gradient.reinforce_loss(
-                policy_logits,
+                jnp.concatenate([policy_logits] * reward.samples),
                 sampled,
                 advantage,
                 bounding=reward.bounding,
                 entropy_weight=reward.entropy_weight,
                 entropy_kind=reward.entropy_kind,
             )
-            sampled_latency, greedy_latency = jnp.split(latency_ms, 2)
+            sampled_latency, greedy_latency = jnp.split(latency_ms, [len(sampled)])
+            sampled_correct, greedy_correct = jnp.split(correct, [len(sampled)])
             metrics = {
                 "controller_loss": loss,
                 "sampled_reward": jnp.mean(sampled_reward),
                 "greedy_reward": jnp.mean(greedy_reward),
-                "sampled_accuracy": jnp.mean(jnp.split(correct, 2)[0]),
-                "greedy_accuracy": jnp.mean(jnp.split(correct, 2)[1]),
+                "sampled_accuracy": jnp.mean(sampled_correct),
+                "greedy_accuracy": jnp.mean(greedy_correct),
                 "sampled_latency_ms": jnp.mean(sampled_latency),
                 "greedy_latency_ms": jnp.mean(greedy_latency),
                 "policy_entropy_nats": jnp.mean(
@@ -194,6 +200,18 @@ def search(
         Phase("supernet", supernet_prepare, supernet_update(setting, None)),
     )
     return Stage("search", phases, lambda step: (step // alternation_steps) % 2)
+
+
+def _sample_masks(draws: Draws, policy_logits: jax.Array, reward: RewardSettings) -> jax.Array:
+    """Masks [samples * B, L, O]: one of each image, then the next of each."""
+
+    def sample(keys: jax.Array) -> jax.Array:
+        return policy.sample(keys, policy_logits, bounding=reward.bounding)
+
+    if reward.samples == 1:
+        return sample(draws.mask)
+    fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+    return jnp.concatenate([sample(fold_in(draws.mask, index)) for index in range(reward.samples)])
 
 
 def _shuffle_over_batch(setting: Setting, key: jax.Array, masks: jax.Array) -> jax.Array:

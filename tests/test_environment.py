@@ -1,6 +1,9 @@
 """What is recorded about the machine, and how XLA is set up on it."""
 
 import os
+import platform
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -35,6 +38,33 @@ def test_an_accelerators_compiler_keeps_its_flags(restored):
     restored.setattr(environment, "_has_accelerator_plugin", lambda: True)
     environment.configure_cpu()
     assert os.environ["XLA_FLAGS"] == ""
+
+
+def test_calls_run_together_and_an_error_comes_out():
+    done = []
+    environment.run_together([lambda: done.append(1), lambda: done.append(2)])
+    assert sorted(done) == [1, 2]
+    with pytest.raises(ZeroDivisionError):
+        environment.run_together([lambda: 1 / 0])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps its ways")
+def test_freed_memory_stays_with_the_process():
+    """Measured in a process of its own, which touches, frees and touches again 64 MiB."""
+    program = """
+import resource
+import numpy as np
+from instanas_jax import environment
+environment.configure_cpu()
+np.ones(2**23)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+np.ones(2**23)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    assert int(faults) < 2**26 // 4096 // 10
 
 
 def test_the_device_is_named():

@@ -82,3 +82,22 @@ class AdvantageTest(chex.TestCase):
             jnp.array([[30.0, 0.0, 12.0]]), jnp.array([[10.0, 15.0, 12.0]])
         )
         np.testing.assert_array_equal(advantage, [[20.0, -15.0, 0.0]])
+
+
+class StandardiseTest(chex.TestCase):
+    @chex.all_variants(with_pmap=False)
+    def test_values_by_hand(self):
+        # Mean 2, deviations -2, 0, 2: standard deviation sqrt(8 / 3) = 1.632993.
+        standardised = self.variant(policy_gradient.standardise)(jnp.array([0.0, 2.0, 4.0]))
+        np.testing.assert_allclose(standardised, [-1.224745, 0.0, 1.224745], atol=1e-5)
+
+    def test_equal_rewards_reinforce_nothing(self):
+        np.testing.assert_array_equal(policy_gradient.standardise(jnp.full(4, 0.1)), np.zeros(4))
+
+    def test_mean_and_spread_are_the_global_batchs(self):
+        values = jnp.array([[0.0, 2.0], [4.0, 6.0]])
+        shared = jax.vmap(
+            lambda row: policy_gradient.standardise(row, axis_name="devices"), axis_name="devices"
+        )(values)
+        whole = policy_gradient.standardise(values.ravel())
+        np.testing.assert_allclose(shared.ravel(), whole, atol=1e-6)

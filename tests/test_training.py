@@ -1,5 +1,6 @@
 """The stages, over one device and over four."""
 
+import dataclasses
 import functools
 
 import jax
@@ -37,13 +38,16 @@ def make_stage(name: str, axis_name: str | None):
     sgd = optimizers.SgdSettings(0.05, weight_decay=1e-4)
     if name == "pretrain":
         return stages.pretrain(setting, sgd=sgd, total_steps=4)
-    if name == "search":
+    if name in ("search", "search_by_samples"):
+        reward = search.RewardSettings(
+            lower_ms=0.5, upper_start_ms=10.0, upper_end_ms=4.0, negative_weight=-1.0
+        )
+        if name == "search_by_samples":
+            reward = dataclasses.replace(reward, samples=3, advantage="standardised")
         return search.search(
             setting,
             cells_ms=CELLS_MS,
-            reward=search.RewardSettings(
-                lower_ms=0.5, upper_start_ms=10.0, upper_end_ms=4.0, negative_weight=-1.0
-            ),
+            reward=reward,
             controller_rate=lambda step: 1e-3,
             supernet_sgd=sgd,
             total_steps=4,
@@ -96,7 +100,7 @@ def train(name: str, *, devices: int):
     return history
 
 
-@pytest.mark.parametrize("name", ["pretrain", "search"])
+@pytest.mark.parametrize("name", ["pretrain", "search", "search_by_samples"])
 def test_four_devices_train_as_one(name):
     """Same global batches: parameters, running statistics and metrics agree to rounding.
 
@@ -152,6 +156,13 @@ def test_a_static_baseline_moves_its_own_op_alone():
         np.testing.assert_allclose(
             after[used]["kernel"][0], before[used]["kernel"] * decayed, rtol=1e-5
         )
+
+
+def test_samples_of_one_image_differ():
+    """Three masks an image have, by their mean, another latency than one of them."""
+    one, three = (train(name, devices=1)[0][1] for name in ("search", "search_by_samples"))
+    np.testing.assert_allclose(one["greedy_latency_ms"], three["greedy_latency_ms"], rtol=1e-6)
+    assert abs(one["sampled_latency_ms"] - three["sampled_latency_ms"]) > 1e-3
 
 
 def test_the_search_alternates_phases():
