@@ -48,7 +48,7 @@ def _keep_freed_memory() -> None:
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(_MMAP_MAX, 0)
-        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_TRIM_THRESHOLD, -1)  # Never trims.
 
 
 def _has_accelerator_plugin() -> bool:
