@@ -4,13 +4,14 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from instanas_jax import augment, data_sources, optimizers, parallel, search, stages, train_state
 from instanas_jax import data as data_lib
 from instanas_jax.search_space import preset, uniform_architecture
-from instanas_jax.stage import Setting
+from instanas_jax.stage import Setting, draw_keys
 from tests.networks import as_if_trained
 
 SPEC = preset("tiny", num_classes=10)
@@ -38,12 +39,14 @@ def make_stage(name: str, axis_name: str | None):
     sgd = optimizers.SgdSettings(0.05, weight_decay=1e-4)
     if name == "pretrain":
         return stages.pretrain(setting, sgd=sgd, total_steps=4)
-    if name in ("search", "search_by_samples"):
+    if name.startswith("search"):
         reward = search.RewardSettings(
             lower_ms=0.5, upper_start_ms=10.0, upper_end_ms=4.0, negative_weight=-1.0
         )
+        if name != "search":
+            reward = dataclasses.replace(reward, advantage="standardised")
         if name == "search_by_samples":
-            reward = dataclasses.replace(reward, samples=3, advantage="standardised")
+            reward = dataclasses.replace(reward, samples=3)
         return search.search(
             setting,
             cells_ms=CELLS_MS,
@@ -163,6 +166,27 @@ def test_samples_of_one_image_differ():
     one, three = (train(name, devices=1)[0][1] for name in ("search", "search_by_samples"))
     np.testing.assert_allclose(one["greedy_latency_ms"], three["greedy_latency_ms"], rtol=1e-6)
     assert abs(one["sampled_latency_ms"] - three["sampled_latency_ms"]) > 1e-3
+
+
+def test_every_sample_of_an_image_is_a_draw_of_its_own():
+    setting = make_setting(None)
+    draws = draw_keys(setting, "search", jnp.zeros((), jnp.int32), BATCH)
+    reward = search.RewardSettings(lower_ms=0.5, upper_start_ms=10.0, upper_end_ms=4.0, samples=3)
+    masks = search._sample_masks(draws, jnp.zeros((BATCH, *SPEC.mask_shape)), reward)
+    masks = masks.reshape(3, BATCH, -1)
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        # Independent fair bits agree in half of the places.
+        assert 0.4 < float(jnp.mean(masks[first] == masks[second])) < 0.6
+
+
+def test_standardised_advantages_change_the_loss_alone():
+    """Same masks and rewards at the first update as without."""
+    plain, standardised = (
+        train(name, devices=1)[0][1] for name in ("search", "search_standardised")
+    )
+    for name in ("sampled_reward", "greedy_reward", "policy_entropy_nats"):
+        np.testing.assert_allclose(plain[name], standardised[name], rtol=1e-6)
+    assert abs(plain["controller_loss"] - standardised["controller_loss"]) > 1e-2
 
 
 def test_the_search_alternates_phases():
