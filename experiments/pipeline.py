@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import evaluation, results, stage_runner
-from experiments.config import Config, FinetuneConfig, PretrainConfig
+from experiments import evaluation, recipe, results, stage_runner
+from experiments.config import Config
 from experiments.workdir import Workdir
 from instanas_jax import (
     convolution,
@@ -19,19 +19,14 @@ from instanas_jax import (
     environment,
     latency,
     metrics,
-    optimizers,
     parallel,
     profiling,
-    search,
     search_space,
-    stages,
     train_state,
 )
 from instanas_jax.errors import InputError
 from instanas_jax.stage import Setting, Stage
 from instanas_jax.train_state import TrainState
-
-_START_OP_KEEP = 0.6  # Greedy masks begin with the start op, samples often without it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +37,6 @@ class Network:
     state: TrainState
     seconds: float
     architecture: np.ndarray | None = None
-
-
-def _sgd(section: PretrainConfig | FinetuneConfig) -> optimizers.SgdSettings:
-    return optimizers.SgdSettings(
-        section.learning_rate,
-        section.schedule,  # pyright: ignore[reportArgumentType]
-        weight_decay=section.weight_decay,
-    )
 
 
 class Pipeline:
@@ -183,16 +170,11 @@ class Pipeline:
     def _pretrain(self) -> tuple[TrainState, float]:
         section = self.config.pretrain
         total_steps = self._steps(section.epochs, section.batch_size)
-        stage = stages.pretrain(
-            self.setting,
-            sgd=_sgd(section),
-            total_steps=total_steps,
-            final_keep=section.final_keep,
-            dropout_start=section.dropout_start,
-            dropout_end=section.dropout_end,
-        )
+        stage = recipe.pretrain_stage(self.setting, section, total_steps=total_steps)
         fresh = train_state.create(
-            jax.random.key(self.config.run.seed), self.spec, policy_start=self._policy_start()
+            jax.random.key(self.config.run.seed),
+            self.spec,
+            policy_start=recipe.policy_start(self.spec, self.config.search),
         )
         everything_on = np.ones(self.spec.mask_shape, np.float32)
         return self._run_stage(
@@ -203,18 +185,13 @@ class Pipeline:
             validate=lambda state, step: self._validate(state, everything_on),
         )
 
-    def _policy_start(self) -> np.ndarray:
-        section = self.config.search
-        start = np.full(self.spec.mask_shape, section.start_keep)
-        if section.start_op:
-            start[:, search_space.op_index(section.start_op)] = _START_OP_KEEP
-        return start
-
     def _search(self, pretrained: TrainState) -> tuple[dict[str, TrainState], float]:
         section = self.config.search
         total_steps = max(2, self._steps(section.epochs, section.batch_size))
         epoch_steps = self._steps(1.0, section.batch_size)
-        stage = self._search_stage(total_steps, epoch_steps)
+        stage = recipe.search_stage(
+            self.setting, section, self.table, total_steps=total_steps, epoch_steps=epoch_steps
+        )
         count = min(self.config.run.variants, total_steps)
         keep_steps = tuple(total_steps * (index + 1) // count for index in range(count))
         _, seconds = self._run_stage(
@@ -231,44 +208,6 @@ class Pipeline:
             for name, step in zip(string.ascii_uppercase, keep_steps, strict=False)
         }
         return snapshots, seconds
-
-    def _search_stage(self, total_steps: int, epoch_steps: int) -> Stage:
-        section = self.config.search
-        bounds = latency.baselines(self.table, self.spec)
-        decay_steps = round(section.controller_decay_epochs * epoch_steps)
-        return search.search(
-            self.setting,
-            cells_ms=self.table.cells_ms,
-            reward=search.RewardSettings(
-                lower_ms=bounds.min_ms,
-                upper_start_ms=section.upper_bound_start * bounds.max_ms,
-                upper_end_ms=section.upper_bound_end * bounds.mobilenetv2_ms,
-                positive_weight=section.positive_weight,
-                negative_weight=section.negative_weight,
-                latency_exponent=section.latency_exponent,
-                bounding=section.bounding,
-                entropy_weight=section.entropy_weight,
-                entropy_kind=section.entropy_kind,  # pyright: ignore[reportArgumentType]
-                advantage=section.advantage,  # pyright: ignore[reportArgumentType]
-                samples=section.samples,
-            ),
-            controller_rate=optimizers.decay_schedule(
-                section.controller_learning_rate, decay_steps=decay_steps or None
-            ),
-            supernet_sgd=optimizers.SgdSettings(section.supernet_learning_rate, momentum=0.0),
-            total_steps=total_steps,
-            alternation_steps=1 if section.alternation == "batch" else epoch_steps,
-        )
-
-    def _finetune_stage(self, total_steps: int, architecture: np.ndarray | None) -> Stage:
-        section = self.config.finetune
-        return stages.finetune(
-            self.setting,
-            name="finetune",
-            sgd=_sgd(section),
-            total_steps=total_steps,
-            static_architecture=architecture,
-        )
 
     def _finetune(
         self,
@@ -290,7 +229,8 @@ class Pipeline:
 
     def _finetune_variants(self, snapshots: dict[str, TrainState]) -> list[Network]:
         steps = self._steps(self.config.finetune.epochs, self.config.finetune.batch_size)
-        stage = self._finetune_stage(steps, None)  # One stage for all, so that it compiles once.
+        # One stage for all, so that it compiles once.
+        stage = recipe.finetune_stage(self.setting, self.config.finetune, steps, architecture=None)
         return [
             self._finetune(name, stage, snapshot, None, steps)
             for name, snapshot in snapshots.items()
@@ -304,6 +244,6 @@ class Pipeline:
         steps = self._steps(search_images + section.epochs, section.batch_size)
         op = search_space.op_index(op_name)
         architecture = search_space.uniform_architecture(self.spec, op)
-        stage = self._finetune_stage(steps, architecture)
+        stage = recipe.finetune_stage(self.setting, section, steps, architecture=architecture)
         name = "mobilenetv2" if op == search_space.MOBILENETV2_OP else op_name
         return self._finetune(name, stage, pretrained, architecture, steps)

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import cifar10, cifar100, digits, run, stage_runner
+from experiments import cifar10, cifar100, digits, recipe, run, stage_runner
 from experiments import flags as flags_lib
 from experiments.config import Config, RunConfig, validate_section
-from experiments.pipeline import Pipeline
 from experiments.workdir import Workdir
 from instanas_jax import data, data_sources, metrics, parallel
 from instanas_jax.augment import Augmentation
@@ -232,7 +231,7 @@ def test_augmentation_is_what_the_flags_say(tmp_path):
     assert cifar100.DEFAULTS.data.augmentation == Augmentation(pad=4, flip=True, cutout=16)
 
 
-def test_the_search_starts_where_the_flags_say(tmp_path, fake_data):
+def test_the_search_starts_where_the_flags_say(tmp_path):
     parse(
         *TINY,
         f"--workdir={tmp_path / 'w'}",
@@ -240,8 +239,6 @@ def test_the_search_starts_where_the_flags_say(tmp_path, fake_data):
         "--search_start_op=mbconv_k5_e3",
     )
     config = flags_lib.read("synthetic")
-    dataset = data.load("synthetic", validation_size=16)
-    workdir = Workdir(str(tmp_path / "w"), config=config.to_json(), flags_text="")
-    start = Pipeline(config, dataset=dataset, workdir=workdir)._policy_start()
+    start = recipe.policy_start(config.model.spec(num_classes=10), config.search)
     np.testing.assert_allclose(start[:, 3], 0.6)
     np.testing.assert_allclose(np.delete(start, 3, axis=1), 0.2)

@@ -1,0 +1,86 @@
+"""From configuration to stages: how flags' shares and names become steps, bounds and rates."""
+
+import numpy as np
+
+from experiments.config import FinetuneConfig, PretrainConfig, SearchConfig
+from instanas_jax import latency, optimizers, search, search_space, stages
+from instanas_jax.search_space import SupernetSpec
+from instanas_jax.stage import Setting, Stage
+
+_START_OP_KEEP = 0.6  # Greedy masks begin with the start op, samples often without it.
+
+
+def policy_start(spec: SupernetSpec, section: SearchConfig) -> np.ndarray:
+    """Probability [L, O] of each path when the search begins."""
+    start = np.full(spec.mask_shape, section.start_keep)
+    if section.start_op:
+        start[:, search_space.op_index(section.start_op)] = _START_OP_KEEP
+    return start
+
+
+def pretrain_stage(setting: Setting, section: PretrainConfig, *, total_steps: int) -> Stage:
+    return stages.pretrain(
+        setting,
+        sgd=_sgd(section),
+        total_steps=total_steps,
+        final_keep=section.final_keep,
+        dropout_start=section.dropout_start,
+        dropout_end=section.dropout_end,
+    )
+
+
+def search_stage(
+    setting: Setting,
+    section: SearchConfig,
+    table: latency.LatencyTable,
+    *,
+    total_steps: int,
+    epoch_steps: int,
+) -> Stage:
+    """Bounds of the reward in milliseconds of this table."""
+    bounds = latency.baselines(table, setting.spec)
+    decay_steps = round(section.controller_decay_epochs * epoch_steps)
+    return search.search(
+        setting,
+        cells_ms=table.cells_ms,
+        reward=search.RewardSettings(
+            lower_ms=bounds.min_ms,
+            upper_start_ms=section.upper_bound_start * bounds.max_ms,
+            upper_end_ms=section.upper_bound_end * bounds.mobilenetv2_ms,
+            positive_weight=section.positive_weight,
+            negative_weight=section.negative_weight,
+            latency_exponent=section.latency_exponent,
+            bounding=section.bounding,
+            entropy_weight=section.entropy_weight,
+            entropy_kind=section.entropy_kind,  # pyright: ignore[reportArgumentType]
+            advantage=section.advantage,  # pyright: ignore[reportArgumentType]
+            samples=section.samples,
+        ),
+        controller_rate=optimizers.decay_schedule(
+            section.controller_learning_rate, decay_steps=decay_steps or None
+        ),
+        supernet_sgd=optimizers.SgdSettings(section.supernet_learning_rate, momentum=0.0),
+        total_steps=total_steps,
+        alternation_steps=1 if section.alternation == "batch" else epoch_steps,
+    )
+
+
+def finetune_stage(
+    setting: Setting, section: FinetuneConfig, total_steps: int, *, architecture: np.ndarray | None
+) -> Stage:
+    """Of a variant, or of a static baseline where an architecture [L, O] is given."""
+    return stages.finetune(
+        setting,
+        name="finetune",
+        sgd=_sgd(section),
+        total_steps=total_steps,
+        static_architecture=architecture,
+    )
+
+
+def _sgd(section: PretrainConfig | FinetuneConfig) -> optimizers.SgdSettings:
+    return optimizers.SgdSettings(
+        section.learning_rate,
+        section.schedule,  # pyright: ignore[reportArgumentType]
+        weight_decay=section.weight_decay,
+    )
