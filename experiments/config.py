@@ -172,6 +172,13 @@ class FinetuneConfig:
     learning_rate: float = setting(1e-3, "Peak rate of SGD with momentum 0.9.", minimum=0.0)
     schedule: str = setting("cosine", "Learning-rate schedule.", choices=SCHEDULE_KINDS)
     weight_decay: float = setting(4e-5, "L2 penalty.", minimum=0.0)
+    settle_tolerance: float = setting(
+        0.0,
+        "Share of the training images that may disagree with the others about a path for its "
+        "decision to be settled: the same for every image, from finetuning on.",
+        minimum=0.0,
+        maximum=0.49,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Accuracy, latency and decisions of a trained state over a whole split."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,6 +50,15 @@ class Evaluator:
         self._setting = setting
         self._batch_size = batch_size
         self._answer = parallel.compile_map(self._answer_batch)
+        self._decide = parallel.compile_map(self._decide_batch)
+
+    def _decide_batch(self, variables: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
+        setting = self._setting
+        images = augment.normalise(batch["image"], mean=setting.mean, std=setting.std)
+        policy_logits = controller.apply_eval(
+            setting.spec, controller.fold(variables), images, lowering=setting.lowering
+        )
+        return policy.greedy(policy_logits).astype(bool)
 
     def _answer_batch(self, inputs: dict[str, Any], batch: dict[str, jax.Array]) -> Any:
         setting = self._setting
@@ -81,35 +91,50 @@ class Evaluator:
             "architecture": np.zeros(spec.mask_shape) if architecture is None else architecture,
             "is_static": np.asarray(architecture is not None),
         }
+        return Answers(**self._over(images, self._answer, inputs))
+
+    def decisions(self, state: TrainState, images: data.ImageSet) -> np.ndarray:
+        """Greedy masks of a host state, before the empty-cell rule; bool [N, L, O]."""
+        return self._over(images, self._decide, state.controller)
+
+    def _over(self, images: data.ImageSet, program: Callable[..., Any], inputs: Any) -> Any:
+        """A program's answers about every image, in order, on the host."""
         replicated = parallel.replicate(inputs)
-        chunks: list[dict[str, np.ndarray]] = []
+        chunks = []
         for batch in data.eval_batches(images, batch_size=self._batch_size):
             real = batch["weight"] > 0
-            answers = parallel.gather(self._answer(replicated, parallel.shard(dict(batch))))
-            chunks.append({name: values[real] for name, values in answers.items()})
-        return Answers(
-            **{name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
-        )
+            answers = parallel.gather(program(replicated, parallel.shard(dict(batch))))
+            chunks.append(jax.tree.map(lambda values, real=real: values[real], answers))
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
 
 
 def policy_statistics(
-    answers: Answers, *, table: latency.LatencyTable, spec: search_space.SupernetSpec
+    answers: Answers,
+    *,
+    table: latency.LatencyTable,
+    spec: search_space.SupernetSpec,
+    settled: policy.Settled,
 ) -> dict[str, float]:
     """What the controller's decisions over a split cost and how varied they are.
 
-    Times and FLOPs are means over images of whole images: fixed parts and controller included.
+    Times and FLOPs are means over images of whole images: fixed parts, and the controller unless
+    every decision is settled. Parameters are those that a predictor holds.
     """
+    asks_controller = not settled.everything
+    flops, params = cost.path_costs(spec)
+    fixed = cost.fixed_cost(spec)
+    if asks_controller:
+        fixed += controller.cost(spec)
     cells_ms = (answers.mask * table.cells_ms).sum(axis=(1, 2))
-    flops, _ = cost.path_costs(spec)
     image_flops = (answers.mask * flops).sum(axis=(1, 2))
     flattened = answers.mask.reshape(len(answers.mask), -1) > 0.5
     return {
-        "table_ms": float(cells_ms.mean()) + table.fixed_total_ms(controller=True),
+        "table_ms": float(cells_ms.mean()) + table.fixed_total_ms(controller=asks_controller),
         "table_ms_std": float(cells_ms.std()),
-        "flops": float(image_flops.mean())
-        + cost.fixed_cost(spec).flops
-        + controller.cost(spec).flops,
+        "flops": float(image_flops.mean()) + fixed.flops,
+        "params": int(params[settled.may_run(spec.forced_cells)].sum()) + fixed.params,
         "unique_architectures": len(np.unique(np.packbits(flattened, axis=1), axis=0)),
         "policy_entropy_bits": float(answers.policy_entropy_bits.mean()),
+        "undecided_paths": int((~(settled.on | settled.off)).sum()),
         "active_paths": float(answers.mask.sum(axis=(1, 2)).mean()),
     }

@@ -14,12 +14,14 @@ from experiments import evaluation, recipe, results, stage_runner
 from experiments.config import Config
 from experiments.workdir import Workdir
 from instanas_jax import (
+    controller,
     convolution,
     data,
     environment,
     latency,
     metrics,
     parallel,
+    policy,
     profiling,
     search_space,
     train_state,
@@ -163,7 +165,12 @@ class Pipeline:
             "validation_loss": float(answers.loss.mean()),
         }
         if architecture is None:
-            statistics = evaluation.policy_statistics(answers, table=self.table, spec=self.spec)
+            statistics = evaluation.policy_statistics(
+                answers,
+                table=self.table,
+                spec=self.spec,
+                settled=controller.settled(self.spec, state.controller),
+            )
             scalars.update({f"validation_{name}": value for name, value in statistics.items()})
         return scalars
 
@@ -228,13 +235,18 @@ class Pipeline:
         return Network(name, final, seconds, architecture)
 
     def _finetune_variants(self, snapshots: dict[str, TrainState]) -> list[Network]:
-        steps = self._steps(self.config.finetune.epochs, self.config.finetune.batch_size)
-        # One stage for all, so that it compiles once.
-        stage = recipe.finetune_stage(self.setting, self.config.finetune, steps, architecture=None)
-        return [
-            self._finetune(name, stage, snapshot, None, steps)
-            for name, snapshot in snapshots.items()
-        ]
+        section = self.config.finetune
+        steps = self._steps(section.epochs, section.batch_size)
+        variants = []
+        for name, snapshot in snapshots.items():
+            masks = self.evaluate.decisions(snapshot, self.dataset.train)
+            settled = policy.Settled.by_masks(masks, tolerance=section.settle_tolerance)
+            state = dataclasses.replace(
+                snapshot, controller=controller.settle(snapshot.controller, settled)
+            )
+            stage = recipe.finetune_stage(self.setting, section, steps, settled)
+            variants.append(self._finetune(name, stage, state, None, steps))
+        return variants
 
     def _finetune_static(self, op_name: str, pretrained: TrainState) -> Network:
         """A static baseline, from the pretrained supernet, with as many images as the supernet
@@ -244,6 +256,7 @@ class Pipeline:
         steps = self._steps(search_images + section.epochs, section.batch_size)
         op = search_space.op_index(op_name)
         architecture = search_space.uniform_architecture(self.spec, op)
-        stage = recipe.finetune_stage(self.setting, section, steps, architecture=architecture)
+        settled = policy.Settled.architecture(architecture)
+        stage = recipe.finetune_stage(self.setting, section, steps, settled)
         name = "mobilenetv2" if op == search_space.MOBILENETV2_OP else op_name
         return self._finetune(name, stage, pretrained, architecture, steps)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from experiments.config import FinetuneConfig, PretrainConfig, SearchConfig
-from instanas_jax import latency, optimizers, search, search_space, stages
+from instanas_jax import latency, optimizers, policy, search, search_space, stages
 from instanas_jax.search_space import SupernetSpec
 from instanas_jax.stage import Setting, Stage
 
@@ -66,15 +66,11 @@ def search_stage(
 
 
 def finetune_stage(
-    setting: Setting, section: FinetuneConfig, total_steps: int, *, architecture: np.ndarray | None
+    setting: Setting, section: FinetuneConfig, total_steps: int, settled: policy.Settled
 ) -> Stage:
-    """Of a variant, or of a static baseline where an architecture [L, O] is given."""
+    """Of a variant, or of a static baseline where everything is settled."""
     return stages.finetune(
-        setting,
-        name="finetune",
-        sgd=_sgd(section),
-        total_steps=total_steps,
-        static_architecture=architecture,
+        setting, name="finetune", sgd=_sgd(section), total_steps=total_steps, settled=settled
     )
 
 

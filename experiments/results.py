@@ -8,7 +8,16 @@ from scipy import stats
 
 from experiments import evaluation
 from experiments.config import Config
-from instanas_jax import cost, data, environment, inference, latency, policy, search_space
+from instanas_jax import (
+    controller,
+    cost,
+    data,
+    environment,
+    inference,
+    latency,
+    policy,
+    search_space,
+)
 from instanas_jax.stage import Setting
 from instanas_jax.train_state import TrainState
 
@@ -65,7 +74,12 @@ def collect(
                 "name": name,
                 "test_accuracy": answers.accuracy,
                 "validation_accuracy": evaluate(state, dataset.validation).accuracy,
-                **evaluation.policy_statistics(answers, table=table, spec=setting.spec),
+                **evaluation.policy_statistics(
+                    answers,
+                    table=table,
+                    spec=setting.spec,
+                    settled=controller.settled(setting.spec, state.controller),
+                ),
                 "latency_vs_difficulty": _rank_correlation(cells_ms, difficulty),
                 **_timing(measured[name]),
             }

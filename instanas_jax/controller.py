@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from instanas_jax import convolution, layers
+from instanas_jax import convolution, layers, policy
 from instanas_jax.cost import Cost, conv_cost
 from instanas_jax.layers import ConvBatchNorm, Folded
 from instanas_jax.search_space import SupernetSpec
@@ -20,6 +20,8 @@ Variables = dict[str, Any]
 
 # Logits start near their biases, whatever the image.
 _INITIAL_LOGIT_GAIN = 0.1
+# Of a settled path: its probability is 1 or 0 within float32.
+_SETTLED_LOGIT = 20.0
 
 
 def _segments(spec: SupernetSpec) -> tuple[tuple[int, int], ...]:
@@ -137,6 +139,29 @@ def init(key: jax.Array, spec: SupernetSpec, *, start: np.ndarray | None = None)
             np.log(sure / (1.0 - sure)).ravel(), jnp.float32
         )
     return variables
+
+
+def settle(variables: Variables, settled: policy.Settled) -> Variables:
+    """The same controller, but for paths whose decision no longer depends on the image: their
+    logits become constants."""
+    linear = variables["params"]["logits"]
+    on, off = settled.on.ravel(), settled.off.ravel()
+    bias = np.where(on, _SETTLED_LOGIT, np.where(off, -_SETTLED_LOGIT, linear["bias"]))
+    constant = {
+        "kernel": np.where(on | off, 0.0, linear["kernel"]).astype(np.float32),
+        "bias": bias.astype(np.float32),
+    }
+    return {**variables, "params": {**variables["params"], "logits": constant}}
+
+
+def settled(spec: SupernetSpec, variables: Variables) -> policy.Settled:
+    """What of a controller's decisions does not depend on the image."""
+    linear = variables["params"]["logits"]
+    constant = (np.asarray(linear["kernel"]) == 0.0).all(axis=0)
+    on = np.asarray(policy.greedy(jnp.asarray(linear["bias"]))) > 0.5
+    return policy.Settled(
+        on=(constant & on).reshape(spec.mask_shape), off=(constant & ~on).reshape(spec.mask_shape)
+    )
 
 
 def apply_train(

@@ -4,6 +4,7 @@ Everything here is a pure function of arrays. `B` images, `L` cells, `O` ops.
 Source: InstaNAS (arXiv 1811.10201), section 3.3.
 """
 
+import dataclasses
 from typing import Literal
 
 import chex
@@ -116,6 +117,58 @@ def resolve_empty_cells(
     forced_path = jax.nn.one_hot(FORCED_OP, NUM_OPS, dtype=mask.dtype)
     resolved = mask + (empty & forced)[..., None] * forced_path
     return resolved, (empty & ~forced).astype(mask.dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Settled:
+    """Decisions of a policy that are the same for every image.
+
+    A searched policy is undecided, from image to image, about few of its paths. What is settled
+    needs no switch to run and no gradient to train, and a path that is off for good no weights.
+
+    Attributes:
+      on: bool [L, O], paths that every image runs.
+      off: bool [L, O], paths that no image runs by its policy; see `may_run`.
+    """
+
+    on: np.ndarray
+    off: np.ndarray
+
+    @classmethod
+    def nothing(cls, mask_shape: tuple[int, int]) -> "Settled":
+        """A policy of which nothing is known."""
+        return cls(on=np.zeros(mask_shape, bool), off=np.zeros(mask_shape, bool))
+
+    @classmethod
+    def architecture(cls, architecture: np.ndarray) -> "Settled":
+        """The policy that gives one architecture [L, O] to every image."""
+        on = np.asarray(architecture) > 0.5
+        return cls(on=on, off=~on)
+
+    @classmethod
+    def by_masks(cls, masks: np.ndarray, *, tolerance: float = 0.0) -> "Settled":
+        """What the masks [N, L, O] of N images agree on.
+
+        Args:
+          tolerance: share of images that may disagree, below one half.
+        """
+        share = np.asarray(masks).mean(axis=0)
+        return cls(on=share >= 1.0 - tolerance, off=share <= tolerance)
+
+    @property
+    def everything(self) -> bool:
+        """Whether there is one architecture left."""
+        return bool((self.on | self.off).all())
+
+    def may_run(self, forced_cells: np.ndarray) -> np.ndarray:
+        """Paths that some image may run, the empty-cell rule applied; bool [L, O].
+
+        Args:
+          forced_cells: bool [L], `SupernetSpec.forced_cells`.
+        """
+        paths = ~self.off
+        paths[:, FORCED_OP] |= np.asarray(forced_cells) & ~self.on.any(axis=-1)
+        return paths
 
 
 def validate_mask(mask: np.ndarray, mask_shape: tuple[int, int]) -> np.ndarray:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instanas_jax import controller, convolution, environment, inference, ops, supernet
+from instanas_jax import controller, convolution, environment, ops, skipping, supernet
 from instanas_jax.latency import LatencyTable
 from instanas_jax.search_space import CANDIDATE_OPS, CellSpec, SupernetSpec
 
@@ -96,7 +96,7 @@ def _programs(
     spec: SupernetSpec, lowering: convolution.Lowering, key: jax.Array
 ) -> tuple[dict[str, _Program], dict[tuple[CellSpec, int], _Program]]:
     """Programs of stem, head and controller, and one for each distinct path."""
-    weights = inference.prepare_weights(spec, supernet.fold(supernet.init(key, spec)))
+    weights = skipping.prepare_weights(spec, supernet.fold(supernet.init(key, spec)))
     controller_weights = controller.fold(controller.init(key, spec))
     image = jax.random.normal(key, (1, spec.image_size, spec.image_size, 3))
     last = spec.cells[-1]

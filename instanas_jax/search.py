@@ -197,7 +197,7 @@ def search(
 
     phases = (
         Phase("controller", controller_prepare, controller_update),
-        Phase("supernet", supernet_prepare, supernet_update(setting, None)),
+        Phase("supernet", supernet_prepare, supernet_update(setting)),
     )
     return Stage("search", phases, lambda step: (step // alternation_steps) % 2)
 

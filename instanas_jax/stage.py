@@ -142,15 +142,13 @@ def supernet_inputs(
 # A setting's update is one function object, by which compiled programs are found again.
 @functools.lru_cache(maxsize=32)
 def supernet_update(
-    setting: Setting, static_architecture: tuple[tuple[float, ...], ...] | None
+    setting: Setting, paths: tuple[tuple[bool, ...], ...] | None = None
 ) -> Callable[[TrainState, Inputs], tuple[TrainState, Metrics]]:
     """Cross-entropy under given masks by SGD; the controller stays as it is.
 
     Args:
-      static_architecture: [L, O] as nested tuples where every mask is this one: then only its
-        paths are computed.
+      paths: [L, O] as nested tuples, those that masks may hold; only they are computed.
     """
-    architecture = None if static_architecture is None else np.array(static_architecture)
 
     def update(state: TrainState, inputs: Inputs) -> tuple[TrainState, Metrics]:
         dropout_key = jax.random.fold_in(jax.random.key(setting.seed), state.step)
@@ -165,7 +163,7 @@ def supernet_update(
                 lowering=setting.lowering,
                 dtype=setting.dtype,
                 axis_name=setting.axis_name,
-                static_architecture=architecture,
+                paths=None if paths is None else np.array(paths),
             )
             return _cross_entropy(class_logits, inputs["label"]), (class_logits, batch_stats)
 

@@ -59,7 +59,7 @@ def pretrain(
         images = augmented(setting, draws, batch)
         return supernet_inputs(images, labels, mask, sgd=sgd, learning_rate=rate(state.step))
 
-    return Stage("pretrain", (Phase("supernet", prepare, supernet_update(setting, None)),))
+    return Stage("pretrain", (Phase("supernet", prepare, supernet_update(setting)),))
 
 
 def finetune(
@@ -68,14 +68,16 @@ def finetune(
     name: str,
     sgd: optimizers.SgdSettings,
     total_steps: int,
-    static_architecture: np.ndarray | None = None,
+    settled: policy.Settled,
 ) -> Stage:
-    """Trains the supernet under fixed decisions.
+    """Trains the supernet under fixed decisions: those paths that some image may run.
 
     Args:
       name: of the stage and its checkpoints.
-      static_architecture: [L, O] for every image, in place of the controller's greedy masks.
+      settled: the decisions that the state's controller gives to every image; where that is
+        everything, all images have one architecture and the controller is not asked.
     """
+    spec = setting.spec
     rate = optimizers.learning_rate_schedule(
         sgd.schedule, learning_rate=sgd.learning_rate, total_steps=total_steps
     )
@@ -85,14 +87,13 @@ def finetune(
         # All variants see the same augmentation, so that they differ by their policy alone.
         draws = draw_keys(setting, "finetune", state.step, labels.shape[0])
         images = augmented(setting, draws, batch)
-        if static_architecture is None:
-            mask = policy.greedy(policy_logits_of(setting, state, images))
+        if settled.everything:
+            shape = (labels.shape[0], *spec.mask_shape)
+            mask = jnp.broadcast_to(settled.on.astype(np.float32), shape)
         else:
-            shape = (labels.shape[0], *setting.spec.mask_shape)
-            mask = jnp.broadcast_to(static_architecture, shape).astype(jnp.float32)
+            mask = policy.greedy(policy_logits_of(setting, state, images))
         return supernet_inputs(images, labels, mask, sgd=sgd, learning_rate=rate(state.step))
 
-    fixed = None
-    if static_architecture is not None:
-        fixed = tuple(tuple(row) for row in static_architecture.tolist())
-    return Stage(name, (Phase("supernet", prepare, supernet_update(setting, fixed)),))
+    paths = settled.may_run(spec.forced_cells)
+    update = supernet_update(setting, tuple(tuple(row) for row in paths.tolist()))
+    return Stage(name, (Phase("supernet", prepare, update),))

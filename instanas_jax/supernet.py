@@ -57,12 +57,10 @@ def _all_enabled(spec: SupernetSpec) -> tuple[tuple[int, ...], ...]:
     return (ops.ALL_OPS,) * spec.num_cells
 
 
-def _enabled_by(spec: SupernetSpec, architecture: np.ndarray | None) -> tuple[tuple[int, ...], ...]:
-    if architecture is None:
+def _enabled_by(spec: SupernetSpec, paths: np.ndarray | None) -> tuple[tuple[int, ...], ...]:
+    if paths is None:
         return _all_enabled(spec)
-    with jax.ensure_compile_time_eval():
-        resolved, _ = policy.resolve_empty_cells(jnp.asarray(architecture), spec.forced_cells)
-        return tuple(tuple(np.flatnonzero(row).tolist()) for row in np.asarray(resolved))
+    return tuple(tuple(np.flatnonzero(row).tolist()) for row in paths)
 
 
 def init(key: jax.Array, spec: SupernetSpec) -> Variables:
@@ -93,7 +91,7 @@ def apply_train(
     lowering: convolution.Lowering,
     dtype: Any = jnp.float32,
     axis_name: str | None = None,
-    static_architecture: np.ndarray | None = None,
+    paths: np.ndarray | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Training mode: every path runs on the whole batch, and so do its batch statistics.
 
@@ -104,14 +102,14 @@ def apply_train(
       dropout_key: needed only where the spec has dropout before the classifier.
       dtype: of activations; parameters, statistics and logits are float32.
       axis_name: the device axis that shares the global batch, if any.
-      static_architecture: [L, O], when every image's mask is this one: paths it leaves off are
-        not computed, and their statistics stay as they are.
+      paths: bool [L, O], those that masks may hold, the empty-cell rule applied; all by default.
+        The others are not computed, and their statistics stay as they are.
 
     Returns:
       class_logits [B, K] float32, and the new batch statistics.
     """
     _check_shapes(spec, images, mask)
-    enabled = _enabled_by(spec, static_architecture)
+    enabled = _enabled_by(spec, paths)
     module = _Supernet(spec, enabled, lowering=lowering, axis_name=axis_name)
     class_logits, updated = module.apply(
         variables, images.astype(dtype), mask, dropout_key, mutable=["batch_stats"]

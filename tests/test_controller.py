@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instanas_jax import controller, search_space
+from instanas_jax import controller, policy, search_space
 
 BATCH = 4
 TINY = search_space.preset("tiny", num_classes=10)
@@ -126,6 +126,22 @@ def test_every_path_starts_near_the_probability_asked_for():
     fresh = controller.init(jax.random.key(0), TINY, start=start)
     probability = jax.nn.sigmoid(evaluate(fresh, images(), kind="residual_small"))
     np.testing.assert_allclose(probability, np.broadcast_to(start, probability.shape), atol=0.12)
+
+
+def test_settled_paths_no_longer_depend_on_the_image():
+    on, off = np.zeros((2, *TINY.mask_shape), bool)
+    on[0, 1] = off[2] = True
+    before = variables("residual_small")
+    settled = controller.settle(before, policy.Settled(on, off))
+    logits = np.asarray(evaluate(settled, images(), kind="residual_small"))
+    assert (logits[:, on] > 10).all() and (logits[:, off] < -10).all()
+    others = ~(on | off)
+    asked = np.asarray(evaluate(before, images(), kind="residual_small"))
+    np.testing.assert_allclose(logits[:, others], asked[:, others], rtol=1e-5)
+    read = controller.settled(TINY, settled)
+    np.testing.assert_array_equal(read.on, on)
+    np.testing.assert_array_equal(read.off, off)
+    assert not (controller.settled(TINY, before).on | controller.settled(TINY, before).off).any()
 
 
 def test_a_pooled_controller_sees_means_of_pixels():

@@ -1,25 +1,26 @@
 """The skipping execution gives the masked supernet's answers, and really skips."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instanas_jax import augment, controller, inference, policy, profiling, supernet
+from instanas_jax import augment, controller, inference, policy, profiling, skipping, supernet
 from instanas_jax.search_space import preset, uniform_architecture
 from tests.networks import as_if_trained
 
 SPEC = preset("tiny", num_classes=10)
 VARIABLES = as_if_trained(supernet.init(jax.random.key(0), SPEC))
 FOLDED = supernet.fold(VARIABLES)
-WEIGHTS = inference.prepare_weights(SPEC, FOLDED)
+WEIGHTS = skipping.prepare_weights(SPEC, FOLDED)
 IMAGE = jax.random.normal(jax.random.key(1), (1, 32, 32, 3))
 
 masked = jax.jit(lambda mask: supernet.apply_eval(SPEC, FOLDED, IMAGE, mask, lowering="shifted"))
-skipping = jax.jit(
-    lambda weights, mask: inference.apply_skipping(SPEC, weights, IMAGE, mask, lowering="shifted")
+run_skipping = jax.jit(
+    lambda weights, mask: skipping.apply_skipping(SPEC, weights, IMAGE, mask, lowering="shifted")
 )
 
 
@@ -39,13 +40,62 @@ def masks():
 @pytest.mark.parametrize("mask", list(masks()))
 def test_skipping_equals_masked(mask):
     mask = jnp.asarray(mask, jnp.float32)[None]
-    assert relative_error(skipping(WEIGHTS, mask), masked(mask)) < 1e-4
+    assert relative_error(run_skipping(WEIGHTS, mask), masked(mask)) < 1e-4
 
 
-def test_static_equals_masked():
-    for architecture in (uniform_architecture(SPEC, 0), np.zeros(SPEC.mask_shape, np.float32)):
-        static = inference.apply_static(SPEC, WEIGHTS, IMAGE, architecture, lowering="shifted")
-        assert relative_error(static, masked(jnp.asarray(architecture)[None])) < 1e-4
+def run_settled(mask, settled, spec=SPEC):
+    weights = skipping.prepare_weights(spec, FOLDED, settled)
+    return jax.jit(
+        lambda mask: skipping.apply_skipping(
+            spec, weights, IMAGE, mask, lowering="shifted", settled=settled
+        )
+    )(jnp.asarray(mask, jnp.float32)[None])
+
+
+@pytest.mark.parametrize("mask", list(masks())[::3])
+def test_settled_equals_masked(mask):
+    """Everything settled, and half of the decisions."""
+    everything = policy.Settled.architecture(mask)
+    assert relative_error(run_settled(mask, everything), masked(np.float32(mask)[None])) < 1e-4
+    known = np.random.default_rng(1).uniform(size=SPEC.mask_shape) < 0.5
+    half = policy.Settled(everything.on & known, everything.off & known)
+    assert relative_error(run_settled(mask, half), masked(np.float32(mask)[None])) < 1e-4
+
+
+@pytest.mark.parametrize("on", [(), (1,), (1, 3)])
+def test_a_partly_settled_cell_answers_every_mask_it_may_get(on):
+    """Ops 1, 2 and 3 may run; whatever of `on` and the rest, in forced cells and others."""
+    settled = policy.Settled.nothing(SPEC.mask_shape)
+    settled.on[:, list(on)] = True
+    settled.off[:, [0, 4]] = True
+    weights = skipping.prepare_weights(SPEC, FOLDED, settled)
+    run = jax.jit(
+        lambda mask: skipping.apply_skipping(
+            SPEC, weights, IMAGE, mask, lowering="shifted", settled=settled
+        )
+    )
+    for open_ops in itertools.product((0, 1), repeat=3):
+        mask = np.zeros((1, *SPEC.mask_shape), np.float32)
+        mask[..., 1:4] = open_ops
+        mask[..., list(on)] = 1.0
+        assert relative_error(run(mask), masked(mask)) < 1e-4
+
+
+def test_what_is_settled_needs_no_switch_and_no_weights():
+    architecture = uniform_architecture(SPEC, 0)
+    settled = policy.Settled.architecture(architecture)
+    weights = skipping.prepare_weights(SPEC, FOLDED, settled)
+    assert [list(paths) for paths in weights["paths"]] == [[0]] * SPEC.num_cells
+    text = (
+        jax.jit(
+            lambda mask: skipping.apply_skipping(
+                SPEC, weights, IMAGE, mask, lowering="shifted", settled=settled
+            )
+        )
+        .lower(architecture[None])
+        .as_text()
+    )
+    assert "stablehlo.case" not in text and "stablehlo.while" not in text
 
 
 def test_an_unchosen_path_does_not_run():
@@ -54,17 +104,17 @@ def test_an_unchosen_path_does_not_run():
     poisoned["paths"][1][2] = jax.tree.map(lambda leaf: leaf * jnp.nan, poisoned["paths"][1][2])
     mask = np.ones(SPEC.mask_shape, np.float32)
     mask[1, 2] = 0.0
-    clean = skipping(WEIGHTS, mask[None])
-    np.testing.assert_array_equal(skipping(poisoned, mask[None]), clean)
+    clean = run_skipping(WEIGHTS, mask[None])
+    np.testing.assert_array_equal(run_skipping(poisoned, mask[None]), clean)
     mask[1, 2] = 1.0
-    assert np.isnan(skipping(poisoned, mask[None])).all()
+    assert np.isnan(run_skipping(poisoned, mask[None])).all()
 
 
 def test_the_program_decides_cell_by_cell():
     """A branch for each op alone, one for several, one for none where a cell may be empty."""
     text = (
         jax.jit(
-            lambda mask: inference.apply_skipping(SPEC, WEIGHTS, IMAGE, mask, lowering="shifted")
+            lambda mask: skipping.apply_skipping(SPEC, WEIGHTS, IMAGE, mask, lowering="shifted")
         )
         .lower(jnp.ones((1, *SPEC.mask_shape)))
         .as_text()
@@ -117,6 +167,39 @@ class TestPredictors:
             np.testing.assert_array_equal(ran, architecture)
             assert relative_error(predicted, class_logits) < 1e-4
 
+    def test_a_settled_policy_runs_no_controller_and_gives_the_same_answers(self):
+        controller_variables = self.controller_that_tells_images_apart()
+        architecture = np.asarray(policy.greedy(self.policy_logits(controller_variables)))[0]
+        settled = controller.settle(controller_variables, policy.Settled.architecture(architecture))
+        poisoned = jax.tree.map(lambda leaf: leaf, settled)
+        poisoned["params"]["stem"]["kernel"] = jnp.full_like(
+            settled["params"]["stem"]["kernel"], jnp.nan
+        )
+        expected = supernet.apply_eval(
+            SPEC,
+            FOLDED,
+            self.normalised(),
+            np.broadcast_to(architecture, (4, *architecture.shape)),
+            lowering="native",
+        )
+        predict = self.predictor(poisoned)
+        for image, class_logits in zip(self.images(), expected, strict=True):
+            predicted, ran = predict(image)
+            np.testing.assert_array_equal(ran, architecture)
+            assert relative_error(predicted, class_logits) < 1e-4
+
+    def test_a_partly_settled_policy_gives_the_same_answers(self):
+        controller_variables = self.controller_that_tells_images_apart()
+        masks = np.asarray(policy.greedy(self.policy_logits(controller_variables)))[:2]
+        settled = policy.Settled.by_masks(masks)
+        assert settled.on.any() and settled.off.any() and not settled.everything
+        before = self.predictor(controller_variables)
+        after = self.predictor(controller.settle(controller_variables, settled))
+        for image in self.images()[:2]:
+            (expected, mask), (answer, settled_mask) = before(image), after(image)
+            np.testing.assert_array_equal(settled_mask, mask)
+            assert relative_error(answer, expected) < 1e-4
+
     def test_a_static_one_equals_the_masked_batch(self):
         architecture = uniform_architecture(SPEC, 3)
         predict = inference.make_static_predictor(
@@ -162,8 +245,8 @@ def test_the_mean_join_is_the_same_in_every_execution():
     mask = np.random.default_rng(1).uniform(size=SPEC.mask_shape) < 0.5
     mask = jnp.asarray(mask, jnp.float32)
     mean = supernet.apply_eval(spec, FOLDED, IMAGE, mask[None], lowering="shifted")
-    skipped = inference.apply_skipping(spec, WEIGHTS, IMAGE, mask[None], lowering="shifted")
-    static = inference.apply_static(spec, WEIGHTS, IMAGE, np.asarray(mask), lowering="shifted")
+    skipped = skipping.apply_skipping(spec, WEIGHTS, IMAGE, mask[None], lowering="shifted")
+    static = run_settled(mask, policy.Settled.architecture(mask), spec)
     assert relative_error(skipped, mean) < 1e-4
     assert relative_error(static, mean) < 1e-4
     assert relative_error(masked(mask[None]), mean) > 1e-2

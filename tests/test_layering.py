@@ -34,6 +34,7 @@ LAYERS = {
         "search",
         "profiling",
         "inference",
+        "skipping",
         "packing",
         "static_nas",
     },

@@ -158,6 +158,42 @@ class EmptyCellsTest(chex.TestCase):
         chex.assert_trees_all_equal(once, twice)
 
 
+class TestSettled:
+    # Of cell 0, path 0 is on for all four images, path 1 for three, path 2 for one.
+    MASKS = np.zeros((4, 2, 5))
+    MASKS[:, 0, 0] = 1
+    MASKS[:3, 0, 1] = 1
+    MASKS[0, 0, 2] = 1
+
+    def test_by_hand(self):
+        settled = policy.Settled.by_masks(self.MASKS)
+        np.testing.assert_array_equal(settled.on, [[1, 0, 0, 0, 0], [0] * 5])
+        np.testing.assert_array_equal(settled.off, [[0, 0, 0, 1, 1], [1] * 5])
+        assert not settled.everything
+
+    def test_tolerance_overrules_a_quarter_of_the_images(self):
+        settled = policy.Settled.by_masks(self.MASKS, tolerance=0.25)
+        np.testing.assert_array_equal(settled.on, [[1, 1, 0, 0, 0], [0] * 5])
+        assert settled.everything
+
+    def test_what_may_run_holds_the_op_of_forced_cells_that_can_be_empty(self):
+        settled = policy.Settled.by_masks(self.MASKS)
+        undecided = [1, 1, 1, 0, 0]  # Path 0 is always on, so the cell is never empty.
+        np.testing.assert_array_equal(
+            settled.may_run(np.array([True, True])), [undecided, [0, 0, 0, 0, 1]]
+        )
+        np.testing.assert_array_equal(
+            settled.may_run(np.array([True, False])), [undecided, [0, 0, 0, 0, 0]]
+        )
+
+    @settings(deadline=None)  # The first call compiles.
+    @given(masks, forced)
+    def test_no_image_runs_anything_else(self, masks, forced):
+        resolved, _ = policy.resolve_empty_cells(masks, forced)
+        may_run = policy.Settled.by_masks(masks).may_run(forced)
+        assert not np.asarray(resolved)[:, ~may_run].any()
+
+
 class TestValidateMask:
     def test_masks_of_an_image_and_of_a_batch_become_float32(self):
         for shape in ((4, 5), (3, 4, 5)):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instanas_jax import ops, search_space, supernet
+from instanas_jax import ops, policy, search_space, supernet
 from tests.networks import as_if_trained
 
 BATCH = 4
@@ -40,6 +40,10 @@ def evaluate(variables, images, mask, *, lowering="shifted", dtype=jnp.float32):
     return supernet.apply_eval(SPEC, folded, images, mask, lowering=lowering, dtype=dtype)
 
 
+def may_run(architecture) -> np.ndarray:
+    return policy.Settled.architecture(np.array(architecture)).may_run(SPEC.forced_cells)
+
+
 @functools.partial(jax.jit, static_argnames=("dtype", "architecture"))
 def train(variables, images, mask, *, dtype=jnp.float32, architecture=None):
     """`architecture` is a nested tuple, because an array can't be a static argument."""
@@ -50,7 +54,7 @@ def train(variables, images, mask, *, dtype=jnp.float32, architecture=None):
         mask,
         lowering="shifted",
         dtype=dtype,
-        static_architecture=None if architecture is None else np.array(architecture),
+        paths=None if architecture is None else may_run(architecture),
     )
 
 
@@ -274,7 +278,7 @@ class TestModes:
                 NO_PATH,
                 dropout_key=dropout_key,
                 lowering="native",
-                static_architecture=NO_PATH[0],
+                paths=may_run(NO_PATH[0]),
             )[0]
 
         with_key = jax.jit(logits)

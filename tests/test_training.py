@@ -8,10 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instanas_jax import augment, data_sources, optimizers, parallel, search, stages, train_state
+from instanas_jax import (
+    augment,
+    controller,
+    data_sources,
+    optimizers,
+    parallel,
+    policy,
+    search,
+    stages,
+    train_state,
+)
 from instanas_jax import data as data_lib
 from instanas_jax.search_space import preset, uniform_architecture
-from instanas_jax.stage import Setting, draw_keys
+from instanas_jax.stage import Setting, draw_keys, policy_logits_of
 from tests.networks import as_if_trained
 
 SPEC = preset("tiny", num_classes=10)
@@ -56,10 +66,19 @@ def make_stage(name: str, axis_name: str | None):
             total_steps=4,
             alternation_steps=1,
         )
-    architecture = uniform_architecture(SPEC, 0) if name == "static" else None
-    return stages.finetune(
-        setting, name=name, sgd=sgd, total_steps=4, static_architecture=architecture
-    )
+    settled = {
+        "static": policy.Settled.architecture(uniform_architecture(SPEC, 0)),
+        "finetune_settled": some_settled(),
+    }.get(name, policy.Settled.nothing(SPEC.mask_shape))
+    return stages.finetune(setting, name=name, sgd=sgd, total_steps=4, settled=settled)
+
+
+def some_settled() -> policy.Settled:
+    """Cell 0 runs op 1 and maybe op 0, cell 1 what images ask for, the others nothing."""
+    on, off = np.zeros((2, *SPEC.mask_shape), bool)
+    on[0, 1] = True
+    off[0, 2:] = off[2:] = True
+    return policy.Settled(on, off)
 
 
 @functools.cache
@@ -159,6 +178,50 @@ def test_a_static_baseline_moves_its_own_op_alone():
         np.testing.assert_allclose(
             after[used]["kernel"][0], before[used]["kernel"] * decayed, rtol=1e-5
         )
+
+
+def test_settled_decisions_change_what_is_computed_and_nothing_else():
+    """With a settled controller, the update that computes fewer paths is the one of all paths."""
+    settled = some_settled()
+    batch = next(iter(data_lib.train_batches(IMAGES, batch_size=BATCH, seed=1, num_steps=1)))
+    state = fresh_state()
+    state = state.replace(
+        controller=controller.settle(undecided_about(state, batch["image"]), settled)
+    )
+
+    def updated(stage):
+        phase = stage.phases[0]
+        inputs = jax.jit(phase.prepare)(state, dict(batch))
+        return inputs["mask"], jax.jit(phase.update)(state, inputs)
+
+    few_masks, (few, few_metrics) = updated(make_stage("finetune_settled", None))
+    all_masks, (every, all_metrics) = updated(make_stage("finetune", None))
+    np.testing.assert_array_equal(few_masks, all_masks)
+    assert len(np.unique(few_masks, axis=0)) > 1
+    np.testing.assert_allclose(few_metrics["loss"], all_metrics["loss"], rtol=1e-5)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+        few.supernet["params"],
+        every.supernet["params"],
+    )
+    # A path that is off for good is not computed: its statistics stay.
+    before, after_few, after_all = (
+        variables["batch_stats"]["cell_03"]["project_mbconv_k3_e6"]["mean"]
+        for variables in (state.supernet, few.supernet, every.supernet)
+    )
+    np.testing.assert_array_equal(after_few, before)
+    assert not np.array_equal(after_all, before)
+
+
+def undecided_about(state, images):
+    """The state's controller with logits whose means over these images are zero."""
+    policy_logits = policy_logits_of(make_setting(None), state, images / np.float32(255))
+    linear = state.controller["params"]["logits"]
+    bias = linear["bias"] - np.asarray(policy_logits).mean(axis=0).ravel()
+    return {
+        **state.controller,
+        "params": {**state.controller["params"], "logits": {**linear, "bias": bias}},
+    }
 
 
 def test_samples_of_one_image_differ():

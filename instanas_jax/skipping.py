@@ -1,0 +1,224 @@
+"""One image through the paths of its mask alone: what runs is traced here, and nothing else.
+
+A cell is a `lax.switch` over what its policy may decide: a branch for each op alone, one for
+several, one for none. It compiles once for all architectures, because the switches' indices are
+scalars. (`vmap` would turn the branches into selects that run both sides, so batches need other
+means.) Where a cell's decisions are settled there is no switch, so a static network is the case in
+which all of them are.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from instanas_jax import convolution, ops, packing, policy, supernet
+from instanas_jax.layers import Folded
+from instanas_jax.search_space import CANDIDATE_OPS, CellSpec, Join, SupernetSpec
+
+Weights = dict[str, Any]
+_Path = Callable[[jax.Array], jax.Array]  # One op of a cell, weights inside.
+
+_ENDS = ("stem", "head", "classifier")
+
+
+def prepare_weights(
+    spec: SupernetSpec, supernet_folded: Folded, settled: policy.Settled | None = None
+) -> Weights:
+    """Folded weights laid out a path each, so that a branch reads its own arrays whole.
+
+    Args:
+      settled: decisions that no image changes; paths that never run get no weights.
+    """
+    may_run = _or_nothing(spec, settled).may_run(spec.forced_cells)
+    weights: Weights = {name: supernet_folded[name] for name in _ENDS}
+    weights["paths"] = [
+        {
+            op: ops.op_weights(cell, supernet_folded[supernet.cell_name(index)], op)
+            for op in ops.ALL_OPS
+            if may_run[index, op]
+        }
+        for index, cell in enumerate(spec.cells)
+    ]
+    return weights
+
+
+def apply_skipping(
+    spec: SupernetSpec,
+    weights: Weights,
+    image: jax.Array,
+    mask: jax.Array,
+    *,
+    lowering: convolution.Lowering,
+    settled: policy.Settled | None = None,
+) -> jax.Array:
+    """Class logits of one image, running the paths of its mask alone.
+
+    Args:
+      weights: from `prepare_weights`.
+      image: normalised [1, H, W, 3].
+      mask: [1, L, O], traced.
+      settled: decisions that every mask agrees with.
+
+    Returns:
+      [1, K], equal to `supernet.apply_eval` within rounding.
+    """
+    chex.assert_shape(mask, (1, *spec.mask_shape))
+    plans = _plans(spec, _or_nothing(spec, settled))
+    resolved, _ = policy.resolve_empty_cells(mask, spec.forced_cells)
+    codes, branches = _decisions(plans, resolved[0])
+    ends = packing.read({name: weights[name] for name in _ENDS})
+    x = supernet.apply_stem(spec, ends, image, lowering=lowering)
+    for index, cell in enumerate(spec.cells):
+        runs = _path_programs(cell, weights["paths"][index], lowering)
+        x = _apply_cell(cell, plans[index], runs, x, codes[index], branches[index], spec.join)
+    return supernet.apply_head(ends, x, lowering=lowering)
+
+
+def _or_nothing(spec: SupernetSpec, settled: policy.Settled | None) -> policy.Settled:
+    return policy.Settled.nothing(spec.mask_shape) if settled is None else settled
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What one cell may decide.
+
+    Attributes:
+      ops: those that may run.
+      alone: of these, those that may run without another.
+      several: whether two or more may run together.
+      none: whether the image may pass through.
+      always: whether `ops` all run for every image.
+    """
+
+    ops: tuple[int, ...]
+    alone: tuple[int, ...]
+    several: bool
+    none: bool
+    always: bool
+
+
+def _plans(spec: SupernetSpec, settled: policy.Settled) -> list[_Plan]:
+    may_run = settled.may_run(spec.forced_cells)
+    return [
+        _plan(
+            running=tuple(np.flatnonzero(may_run[index]).tolist()),
+            on=tuple(np.flatnonzero(settled.on[index]).tolist()),
+            is_settled=bool((settled.on[index] | settled.off[index]).all()),
+            forces_op=cell.forces_op,
+        )
+        for index, cell in enumerate(spec.cells)
+    ]
+
+
+def _plan(
+    running: tuple[int, ...], on: tuple[int, ...], is_settled: bool, forces_op: bool
+) -> _Plan:
+    if is_settled:
+        return _Plan(running, (), several=False, none=False, always=True)
+    return _Plan(
+        running,
+        alone=running if not on else on if len(on) == 1 else (),
+        several=len(running) > 1,
+        none=not on and not forces_op,
+        always=False,
+    )
+
+
+def _decisions(plans: list[_Plan], architecture: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What each cell of an architecture [L, O] does.
+
+    Returns:
+      The cell as an integer with a bit for each op of its plan, set where the op is on, and the
+      number of its branch in `_apply_cell`'s order; int32 [L].
+    """
+    bits = np.zeros(architecture.shape, np.int32)
+    alone = np.zeros(architecture.shape, np.int32)
+    several = np.array([len(plan.alone) for plan in plans], np.int32)
+    none = np.array([len(plan.alone) + plan.several for plan in plans], np.int32)
+    for index, plan in enumerate(plans):
+        bits[index, list(plan.ops)] = 1 << np.arange(len(plan.ops))
+        alone[index, list(plan.alone)] = np.arange(len(plan.alone))
+
+    on = architecture.astype(jnp.int32)
+    codes = jnp.sum(on * bits, axis=-1)
+    count = jnp.sum(on, axis=-1)
+    one = jnp.sum(on * alone, axis=-1)
+    branches = jnp.where(count == 1, one, jnp.where(count == 0, none, several))
+    # Computed for all cells at once; else XLA would make kernels of it for every cell.
+    return lax.optimization_barrier((codes, branches))
+
+
+def _path_programs(
+    cell: CellSpec, paths: dict[int, Folded], lowering: convolution.Lowering
+) -> dict[int, _Path]:
+    def program(op: int) -> _Path:
+        return lambda x: ops.apply_op(
+            cell, CANDIDATE_OPS[op], packing.read(paths[op]), x, lowering=lowering
+        )
+
+    return {op: program(op) for op in paths}
+
+
+def _apply_cell(
+    cell: CellSpec,
+    plan: _Plan,
+    runs: dict[int, _Path],
+    x: jax.Array,
+    code: jax.Array,
+    branch: jax.Array,
+    join: Join,
+) -> jax.Array:
+    """One cell under its decision.
+
+    Most cells run one op or none: such a branch is as short as a static network's cell.
+    """
+    if plan.always:
+        return _apply_all(runs, plan.ops, x, join)
+
+    def several(x: jax.Array) -> jax.Array:
+        return _apply_several(cell, [runs[op] for op in plan.ops], x, code, join)
+
+    branches = [runs[op] for op in plan.alone]
+    branches += [several] if plan.several else []
+    branches += [lambda x: x] if plan.none else []
+    return lax.switch(branch, branches, x)
+
+
+def _apply_all(
+    runs: dict[int, _Path], running: tuple[int, ...], x: jax.Array, join: Join
+) -> jax.Array:
+    outputs = [runs[op](x) for op in running]
+    if not outputs:
+        return x
+    total = sum(outputs[1:], start=outputs[0])
+    return total * (1.0 / len(outputs)) if join == "mean" else total
+
+
+def _apply_several(
+    cell: CellSpec,
+    runs: list[_Path],
+    x: jax.Array,
+    code: jax.Array,
+    join: Join,
+) -> jax.Array:
+    """The paths whose bits are set, one after another, joined."""
+
+    def add_next(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        remaining, total = state
+        lowest_bit = remaining & -remaining
+        path = lax.population_count(lowest_bit - 1)
+        added = lax.switch(
+            path, [lambda x, total, run=run: total + run(x) for run in runs], x, total
+        )
+        return remaining - lowest_bit, added
+
+    nothing = jnp.zeros((1, cell.out_size, cell.out_size, cell.out_channels))
+    _, total = lax.while_loop(lambda state: state[0] != 0, add_next, (code, nothing))
+    active = (code >> jnp.arange(len(runs))) & 1
+    return total * ops.join_scale(active.astype(total.dtype), join)
