@@ -193,6 +193,12 @@ class RunConfig:
         f"{CANDIDATE_OPS[0].name} is MobileNetV2's. Others: "
         f"{', '.join(op.name for op in CANDIDATE_OPS[1:])}.",
     )
+    inference_threads: int = setting(
+        1,
+        "Threads on which one image is answered: for the latency table and measured_ms, and later "
+        "for predictions. Narrow networks are fastest on 1.",
+        minimum=1,
+    )
     profile_rounds: int = setting(50, "Timed calls of each path in the table.", minimum=1)
     timed_images: int = setting(200, "Test images on which measured_ms is timed.", minimum=1)
     eval_epochs: float = setting(
@@ -219,6 +225,25 @@ class Config:
         del values["data"]["data_dir"]
         values["run"]["static_ops"] = list(self.run.static_ops)
         return values
+
+    @classmethod
+    def from_json(cls, values: Any) -> "Config":
+        """The configuration that `to_json` described; settings it does not name keep defaults.
+
+        Raises:
+          InputError: a setting is unknown, of another type, or out of range.
+        """
+        try:
+            parts: dict[str, Any] = {
+                section: kind(**values[section]) for section, kind, _ in sections()
+            }
+            static_ops = tuple(parts["run"].static_ops)
+            parts["run"] = dataclasses.replace(parts["run"], static_ops=static_ops)
+            for section, _, prefix in sections():
+                validate_section(parts[section], prefix=prefix)
+            return cls(dataset=values["dataset"], **parts)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"a setting is missing, unknown or of another type: {error}") from None
 
 
 _PREFIXES = {"pretrain": "pretrain_", "search": "search_", "finetune": "finetune_"}

@@ -125,12 +125,12 @@ def policy_statistics(
     fixed = cost.fixed_cost(spec)
     if asks_controller:
         fixed += controller.cost(spec)
-    cells_ms = (answers.mask * table.cells_ms).sum(axis=(1, 2))
+    table_ms = latency.image_ms(table, answers.mask, spec.forced_cells, settled)
     image_flops = (answers.mask * flops).sum(axis=(1, 2))
     flattened = answers.mask.reshape(len(answers.mask), -1) > 0.5
     return {
-        "table_ms": float(cells_ms.mean()) + table.fixed_total_ms(controller=asks_controller),
-        "table_ms_std": float(cells_ms.std()),
+        "table_ms": float(table_ms.mean()),
+        "table_ms_std": float(table_ms.std()),
         "flops": float(image_flops.mean()) + fixed.flops,
         "params": int(params[settled.may_run(spec.forced_cells)].sum()) + fixed.params,
         "unique_architectures": len(np.unique(np.packbits(flattened, axis=1), axis=0)),

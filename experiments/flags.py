@@ -5,6 +5,8 @@ back into a configuration; `start` runs a program and prints a user's mistake as
 """
 
 import dataclasses
+import io
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -84,19 +86,44 @@ def as_flagfile() -> str:
 def start(main: Callable[[], None]) -> None:
     """Parses flags and runs `main`; a user's mistake ends with one line and status 2."""
 
+    def without_arguments(arguments: list[str]) -> int:
+        if arguments:
+            raise InputError(f"unexpected argument '{arguments[0]}': flags begin with --")
+        main()
+        return 0
+
+    start_with_arguments(without_arguments)
+
+
+def start_with_arguments(main: Callable[[list[str]], int]) -> None:
+    """As `start`, of a program that takes names beside flags; `main` returns the exit status."""
+
     def guarded(arguments: list[str]) -> None:
         # Orbax reports every step of a save; a user wants the progress bar.
         logging.set_verbosity(logging.WARNING)
         environment.configure_cpu()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A file's name may hold what the terminal's encoding cannot say.
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            if len(arguments) > 1:
-                raise InputError(f"unexpected argument '{arguments[1]}': flags begin with --")
-            main()
+            sys.exit(main(arguments[1:]))
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted: repeat the command to resume", file=sys.stderr)
             sys.exit(130)
+        except BrokenPipeError:  # Whoever read the output has left.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(arguments: list[str]) -> list[str]:
+    """Program's name and what is no flag; a mistake ends the program as in `start`."""
+    try:
+        return flags.FLAGS(arguments)
+    except flags.Error as error:
+        print(f"error: {' '.join(str(error).split())}: see --help", file=sys.stderr)
+        sys.exit(2)

@@ -8,9 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from experiments import evaluation, recipe, results, stage_runner
+from experiments import evaluation, recipe, results, stage_runner, timing
 from experiments.config import Config
 from experiments.workdir import Workdir
 from instanas_jax import (
@@ -22,7 +21,6 @@ from instanas_jax import (
     metrics,
     parallel,
     policy,
-    profiling,
     search_space,
     train_state,
 )
@@ -120,8 +118,7 @@ class Pipeline:
         )
 
     def _steps(self, epochs: float, batch_size: int) -> int:
-        per_epoch = data.steps_per_epoch(len(self.dataset.train), batch_size)
-        return max(1, round(epochs * per_epoch))
+        return recipe.stage_steps(epochs, images=len(self.dataset.train), batch_size=batch_size)
 
     def _check_batches(self) -> None:
         for name in ("pretrain", "search", "finetune"):
@@ -130,16 +127,18 @@ class Pipeline:
             data.steps_per_epoch(len(self.dataset.train), batch_size)
 
     def _latency_table(self, table_path: str | None, allow_foreign: bool) -> latency.LatencyTable:
-        device = environment.describe_device()
+        device = environment.describe_device(inference_threads=self.config.run.inference_threads)
         if self.workdir.latency_table.exists():
             # The table this run began with; a resume on another machine keeps its reward.
             return latency.load(self.workdir.latency_table, self.spec)
         if table_path:
             table = latency.load(table_path, self.spec, device=device, allow_foreign=allow_foreign)
         else:
-            rounds = self.config.run.profile_rounds
-            with tqdm(total=rounds, desc="latency table", unit="round") as bar:
-                table = profiling.measure(self.spec, rounds=rounds, on_round=bar.update)
+            table = timing.measure_table(
+                self.spec,
+                rounds=self.config.run.profile_rounds,
+                threads=self.config.run.inference_threads,
+            )
         latency.save(table, self.workdir.latency_table)
         return table
 

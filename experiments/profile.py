@@ -6,11 +6,11 @@ python -m experiments.profile --output=latency_table.json
 from pathlib import Path
 
 from absl import flags
-from tqdm import tqdm
 
 from experiments import flags as flags_lib
+from experiments import timing
 from experiments.config import ModelConfig, RunConfig
-from instanas_jax import latency, profiling
+from instanas_jax import environment, latency
 from instanas_jax.errors import InputError
 
 
@@ -22,8 +22,8 @@ def _measure() -> None:
     if not output.parent.is_dir():
         raise InputError(f"--output={output}: the folder {output.parent} does not exist: make it")
     spec = model.spec(num_classes=flags.FLAGS.num_classes)
-    with tqdm(total=run.profile_rounds, desc="latency table", unit="round") as bar:
-        table = profiling.measure(spec, rounds=run.profile_rounds, on_round=bar.update)
+    environment.configure_cpu(inference_threads=run.inference_threads)
+    table = timing.profile(spec, run.profile_rounds)
     latency.save(table, output)
     bounds = latency.baselines(table, spec)
     print(f"cells: MobileNetV2 {bounds.mobilenetv2_ms:.3f} ms, every path {bounds.max_ms:.3f} ms, ")
@@ -36,7 +36,7 @@ def _measure() -> None:
 
 def main() -> None:
     flags_lib.define_section(ModelConfig())
-    flags_lib.define_section(RunConfig(), names=("profile_rounds",))
+    flags_lib.define_section(RunConfig(), names=("profile_rounds", "inference_threads"))
     flags.DEFINE_integer("num_classes", 100, "Classes of the classifier.")
     flags.DEFINE_string("output", None, "Where to write the table. Required.")
     flags_lib.start(_measure)

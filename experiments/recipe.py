@@ -3,11 +3,16 @@
 import numpy as np
 
 from experiments.config import FinetuneConfig, PretrainConfig, SearchConfig
-from instanas_jax import latency, optimizers, policy, search, search_space, stages
+from instanas_jax import data, latency, optimizers, policy, search, search_space, stages
 from instanas_jax.search_space import SupernetSpec
 from instanas_jax.stage import Setting, Stage
 
 _START_OP_KEEP = 0.6  # Greedy masks begin with the start op, samples often without it.
+
+
+def stage_steps(epochs: float, *, images: int, batch_size: int) -> int:
+    """Updates in so many passes over so many images, and at least one."""
+    return max(1, round(epochs * data.steps_per_epoch(images, batch_size)))
 
 
 def policy_start(spec: SupernetSpec, section: SearchConfig) -> np.ndarray:
@@ -43,6 +48,7 @@ def search_stage(
     return search.search(
         setting,
         cells_ms=table.cells_ms,
+        several_ms=table.several_ms,
         reward=search.RewardSettings(
             lower_ms=bounds.min_ms,
             upper_start_ms=section.upper_bound_start * bounds.max_ms,

@@ -6,14 +6,13 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from experiments import evaluation
+from experiments import evaluation, timing
 from experiments.config import Config
 from instanas_jax import (
     controller,
     cost,
     data,
     environment,
-    inference,
     latency,
     policy,
     search_space,
@@ -46,7 +45,13 @@ def collect(
       The contents of results.json.
     """
     timed = dataset.test.images[: config.run.timed_images]
-    measured = inference.time_in_turn(_predictors(setting, statics, variants), timed)
+    measured = timing.time_networks(
+        setting,
+        statics=statics,
+        variants=variants,
+        images=timed,
+        threads=config.run.inference_threads,
+    )
     static_answers = {
         name: evaluate(state, dataset.test, architecture=architecture)
         for name, (state, architecture) in statics.items()
@@ -68,7 +73,8 @@ def collect(
     variant_rows = []
     for name, state in variants.items():
         answers = evaluate(state, dataset.test)
-        cells_ms = (answers.mask * table.cells_ms).sum(axis=(1, 2))
+        settled = controller.settled(setting.spec, state.controller)
+        table_ms = latency.image_ms(table, answers.mask, setting.spec.forced_cells, settled)
         variant_rows.append(
             {
                 "name": name,
@@ -78,9 +84,9 @@ def collect(
                     answers,
                     table=table,
                     spec=setting.spec,
-                    settled=controller.settled(setting.spec, state.controller),
+                    settled=settled,
                 ),
-                "latency_vs_difficulty": _rank_correlation(cells_ms, difficulty),
+                "latency_vs_difficulty": _rank_correlation(table_ms, difficulty),
                 **_timing(measured[name]),
             }
         )
@@ -103,52 +109,24 @@ def collect(
             "max_ms": bounds.max_ms,
             "min_ms": bounds.min_ms,
             "fixed_ms": table.fixed_ms,
+            "in_network_ms": table.in_network_ms,
         },
         "static": static_rows,
         "variants": variant_rows,
     }
 
 
-def _predictors(
-    setting: Setting,
-    statics: dict[str, tuple[TrainState, np.ndarray]],
-    variants: dict[str, TrainState],
-) -> dict[str, inference.Predict]:
-    common: dict[str, Any] = {
-        "mean": setting.mean,
-        "std": setting.std,
-        "lowering": setting.lowering,
-    }
-    predictors = {
-        name: inference.make_static_predictor(
-            setting.spec,
-            supernet_variables=state.supernet,
-            architecture=architecture,
-            **common,
-        )
-        for name, (state, architecture) in statics.items()
-    }
-    for name, state in variants.items():
-        predictors[name] = inference.make_predictor(
-            setting.spec,
-            supernet_variables=state.supernet,
-            controller_variables=state.controller,
-            **common,
-        )
-    return predictors
-
-
 def _static_cost(
     spec: search_space.SupernetSpec, architecture: np.ndarray, table: latency.LatencyTable
 ) -> dict[str, float]:
-    resolved = np.asarray(policy.resolve_empty_cells(architecture, spec.forced_cells)[0])
+    settled = policy.Settled.architecture(architecture)
+    running = settled.may_run(spec.forced_cells)
     flops, params = cost.path_costs(spec)
     fixed = cost.fixed_cost(spec)
     return {
-        "table_ms": float((resolved * table.cells_ms).sum())
-        + table.fixed_total_ms(controller=False),
-        "flops": float((resolved * flops).sum()) + fixed.flops,
-        "params": int((resolved * params).sum()) + fixed.params,
+        "table_ms": float(latency.image_ms(table, running, spec.forced_cells, settled)),
+        "flops": float(flops[running].sum()) + fixed.flops,
+        "params": int(params[running].sum()) + fixed.params,
     }
 
 

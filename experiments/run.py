@@ -4,8 +4,8 @@ import json
 
 from absl import flags
 
+from experiments import dataset_summary, results
 from experiments import flags as flags_lib
-from experiments import results
 from experiments.config import Config
 from experiments.pipeline import Pipeline
 from experiments.workdir import Workdir, write_json
@@ -32,6 +32,7 @@ def _run(dataset_name: str) -> None:
         config=config.to_json(),
         flags_text=flags_lib.as_flagfile(),
     )
+    dataset_summary.keep(dataset, workdir.dataset)
     if workdir.results.exists():
         print(f"{workdir.results} is complete; the run's table again:")
         print(results.format_table(json.loads(workdir.results.read_text())))

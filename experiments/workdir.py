@@ -9,8 +9,26 @@ from instanas_jax import environment
 from instanas_jax.errors import InputError
 
 
-class Workdir:
-    """Paths of a run's files. Making one checks that the folder belongs to the configuration.
+class RunFiles:
+    """Where a run's files lie; nothing is read, written or made."""
+
+    def __init__(self, path: str):
+        if not path:
+            raise InputError("--workdir is not set: name a folder for the run's files")
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.dataset = self.path / "dataset.json"
+        self.latency_table = self.path / "latency_table.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.results = self.path / "results.json"
+
+    def checkpoints(self, stage: str) -> Path:
+        return self.path / "checkpoints" / stage
+
+
+class Workdir(RunFiles):
+    """A run's files, to write. Making one checks that the folder belongs to the configuration.
 
     Args:
       path: made where absent.
@@ -22,23 +40,13 @@ class Workdir:
     """
 
     def __init__(self, path: str, *, config: dict[str, Any], flags_text: str):
-        if not path:
-            raise InputError("--workdir is not set: name a folder for the run's files")
-        self.path = Path(path)
-        self.latency_table = self.path / "latency_table.json"
-        self.metrics = self.path / "metrics.jsonl"
-        self.tensorboard = self.path / "tensorboard"
-        self.results = self.path / "results.json"
+        super().__init__(path)
         self._claim(config, flags_text)
 
-    def checkpoints(self, stage: str) -> Path:
-        return self.path / "checkpoints" / stage
-
     def _claim(self, config: dict[str, Any], flags_text: str) -> None:
-        config_file = self.path / "config.json"
         try:
-            if config_file.exists():
-                _check_same(self.path, json.loads(config_file.read_text()), config)
+            if self.config.exists():
+                _check_same(self.path, json.loads(self.config.read_text()), config)
                 return
             if self.path.exists() and any(self.path.iterdir()):
                 raise InputError(
@@ -48,12 +56,12 @@ class Workdir:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "flags.txt", flags_text + "\n")
             write_json(self.path / "versions.json", environment.describe_versions())
-            write_json(config_file, config)
+            write_json(self.config, config)
         except ValueError as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(
-                f"{config_file} is not JSON ({error}): name another --workdir"
+                f"{self.config} is not JSON ({error}): name another --workdir"
             ) from error
         except OSError as error:
             raise InputError(

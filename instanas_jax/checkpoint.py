@@ -57,7 +57,7 @@ class StageCheckpoints:
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # Orbax documents no common base of what it raises.
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise InputError(
                 f"checkpoint {self._directory / str(step)} cannot be restored ({reason}): delete "
                 "that folder to resume from the one before"

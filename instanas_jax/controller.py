@@ -122,6 +122,13 @@ class _Controller(nn.Module):
         return logits.reshape(-1, *spec.mask_shape)
 
 
+def shapes(spec: SupernetSpec) -> Variables:
+    """Shapes and types of {"params", "batch_stats"}, without their values."""
+    module = _Controller(spec, lowering="native", axis_name=None)
+    images = jax.ShapeDtypeStruct((1, spec.image_size, spec.image_size, 3), jnp.float32)
+    return jax.eval_shape(lambda inputs: module.init(jax.random.key(0), inputs), images)
+
+
 def init(key: jax.Array, spec: SupernetSpec, *, start: np.ndarray | None = None) -> Variables:
     """Fresh {"params", "batch_stats"}, float32.
 
@@ -129,10 +136,7 @@ def init(key: jax.Array, spec: SupernetSpec, *, start: np.ndarray | None = None)
       start: [L, O], about how likely the fresh policy switches each path on, whatever the image;
         one half everywhere by default.
     """
-    module = _Controller(spec, lowering="native", axis_name=None)
-    images = jax.ShapeDtypeStruct((1, spec.image_size, spec.image_size, 3), jnp.float32)
-    shapes = jax.eval_shape(lambda inputs: module.init(key, inputs), images)
-    variables = layers.initialise(key, shapes, linear_gain=_INITIAL_LOGIT_GAIN)
+    variables = layers.initialise(key, shapes(spec), linear_gain=_INITIAL_LOGIT_GAIN)
     if start is not None:
         sure = np.clip(start, 0.01, 0.99)  # A probability of 0 or 1 has no logit.
         variables["params"]["logits"]["bias"] = jnp.asarray(

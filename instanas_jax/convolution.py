@@ -30,16 +30,19 @@ def default_lowering() -> Lowering:
     return "shifted" if jax.default_backend() == "cpu" else "native"
 
 
-# Where all windows are laid out for one product: maps up to so many pixels a side, and kernels
-# of so many values at least, or laying out costs more than it saves.
-_WINDOWS_UP_TO = 2
+# Where all windows are laid out for one product: inputs of so few channels, which are images; and
+# maps up to so many pixels a side under kernels of so many values at least. Elsewhere laying out
+# costs more than it saves.
+_WINDOWS_UP_TO_CHANNELS = 4
+_WINDOWS_UP_TO_SIZE = 2
 _WINDOWS_FROM_KERNEL = 2**13
 
 
 def dense(x: jax.Array, kernel: jax.Array, *, stride: int, lowering: Lowering) -> jax.Array:
     """Ordinary convolution; kernel [k, k, C_in, C_out]."""
     out_size = _out_size(x, stride)
-    pays = max(out_size) <= _WINDOWS_UP_TO and kernel.size >= _WINDOWS_FROM_KERNEL
+    is_small = max(out_size) <= _WINDOWS_UP_TO_SIZE and kernel.size >= _WINDOWS_FROM_KERNEL
+    pays = is_small or x.shape[-1] <= _WINDOWS_UP_TO_CHANNELS
     if lowering == "native" or not pays:
         return _native(x, kernel, stride, groups=1)
     taps = _taps(_pad(x, kernel.shape[0] // 2), kernel.shape[0], stride, out_size)
@@ -134,7 +137,9 @@ def _pad(x: jax.Array, pad: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _depthwise_shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    return _weighted_taps(_pad(x, kernel.shape[0] // 2), kernel, stride, _out_size(x, stride))
+    # The barrier keeps what makes x, and the padding, out of the loop: it would run once a tap.
+    padded = lax.optimization_barrier(_pad(x, kernel.shape[0] // 2))
+    return _weighted_taps(padded, kernel, stride, _out_size(x, stride))
 
 
 def _depthwise_forward(x, kernel, stride):

@@ -1,5 +1,6 @@
 """Predictors: a trained state as one compiled program of one image, and how they are timed."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable
@@ -13,7 +14,6 @@ from instanas_jax import (
     augment,
     controller,
     convolution,
-    environment,
     packing,
     policy,
     skipping,
@@ -24,7 +24,54 @@ from instanas_jax.search_space import SupernetSpec
 Predict = Callable[[np.ndarray], tuple[jax.Array, jax.Array]]
 
 
-def make_predictor(
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """A trained state laid out to answer: batch norm folded, weights packed.
+
+    `decide` and `answer` are pure functions of `weights`, to be jitted by whoever runs them.
+
+    Attributes:
+      spec: of the supernet.
+      weights: {"supernet", "controller"}, each `packing.Packed`.
+      settled: decisions that no image changes.
+      mean, std: of pixels, to normalise by.
+      lowering: see `convolution`.
+    """
+
+    spec: SupernetSpec
+    weights: dict[str, packing.Packed]
+    settled: policy.Settled
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    lowering: convolution.Lowering
+
+    def decide(self, weights: dict[str, packing.Packed], images: jax.Array) -> jax.Array:
+        """Greedy masks [B, L, O] of images uint8 [B, H, W, 3]."""
+        folded = packing.read(weights["controller"].unpack())
+        return policy.greedy(
+            controller.apply_eval(
+                self.spec, folded, self._normalise(images), lowering=self.lowering
+            )
+        )
+
+    def answer(
+        self, weights: dict[str, packing.Packed], images: jax.Array, mask: jax.Array
+    ) -> jax.Array:
+        """Class logits [B, K] of images uint8 [B, H, W, 3] that share a mask [L, O]."""
+        return skipping.apply_skipping(
+            self.spec,
+            weights["supernet"].unpack(),
+            self._normalise(images),
+            mask[None],
+            lowering=self.lowering,
+            settled=self.settled,
+        )
+
+    def _normalise(self, images: jax.Array) -> jax.Array:
+        return augment.normalise(images, mean=self.mean, std=self.std)
+
+
+def deploy(
     spec: SupernetSpec,
     *,
     supernet_variables: dict[str, Any],
@@ -32,41 +79,45 @@ def make_predictor(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     lowering: convolution.Lowering,
-) -> Predict:
+    settled: policy.Settled | None = None,
+) -> Network:
+    """Lays a trained state out.
+
+    Args:
+      supernet_variables, controller_variables: {"params", "batch_stats"}.
+      settled: decisions that no image changes; by default what the controller has settled.
+    """
+    if settled is None:
+        settled = controller.settled(spec, controller_variables)
+    weights = {
+        "supernet": _packed_paths(spec, supernet_variables, settled),
+        "controller": packing.pack(jax.jit(controller.fold)(controller_variables)),
+    }
+    return Network(spec, weights, settled, mean, std, lowering)
+
+
+def make_predictor(spec: SupernetSpec, **state: Any) -> Predict:
     """A compiled function of one image, uint8 [H, W, 3], with real skipping inside.
 
     What the controller has settled (`controller.settle`) is compiled in: such paths need no
     switch or no weights, and where all are settled the controller does not run.
 
+    Args:
+      spec: of the supernet.
+      state: as for `deploy`.
+
     Returns:
       A function giving class_logits [K] and the mask that ran [L, O].
     """
-    settled = controller.settled(spec, controller_variables)
-    if settled.everything:
-        return make_static_predictor(
-            spec,
-            supernet_variables=supernet_variables,
-            architecture=settled.on.astype(np.float32),
-            mean=mean,
-            std=std,
-            lowering=lowering,
-        )
-    weights = _folded_weights(spec, supernet_variables, settled)
-    controller_weights = _on_host(jax.jit(controller.fold)(controller_variables))
+    network = deploy(spec, **state)
+    if network.settled.everything:
+        return _static(network)
 
-    @jax.jit
-    def predict(image):
-        normalised = augment.normalise(image[None], mean=mean, std=std)
-        policy_logits = controller.apply_eval(
-            spec, packing.read(packing.embed(controller_weights)), normalised, lowering=lowering
-        )
-        mask = policy.greedy(policy_logits)
-        class_logits = skipping.apply_skipping(
-            spec, packing.embed(weights), normalised, mask, lowering=lowering, settled=settled
-        )
-        return class_logits[0], mask[0]
+    def predict(weights, image):
+        mask = network.decide(weights, image[None])[0]
+        return network.answer(weights, image[None], mask)[0], mask
 
-    return predict
+    return _compile(predict, network.weights, spec)
 
 
 def make_static_predictor(
@@ -80,33 +131,35 @@ def make_static_predictor(
 ) -> Predict:
     """As `make_predictor`, without a controller: compiled for one architecture [L, O]."""
     settled = policy.Settled.architecture(architecture)
-    weights = _folded_weights(spec, supernet_variables, settled)
+    weights = {"supernet": _packed_paths(spec, supernet_variables, settled)}
+    return _static(Network(spec, weights, settled, mean, std, lowering))
 
-    @jax.jit
-    def predict(image):
-        normalised = augment.normalise(image[None], mean=mean, std=std)
+
+def _static(network: Network) -> Predict:
+    architecture = network.settled.on.astype(np.float32)
+
+    def predict(weights, image):
         mask = jnp.asarray(architecture)
-        class_logits = skipping.apply_skipping(
-            spec, packing.embed(weights), normalised, mask[None], lowering=lowering, settled=settled
-        )
-        return class_logits[0], mask
+        return network.answer(weights, image[None], mask)[0], mask
 
-    return predict
+    return _compile(predict, {"supernet": network.weights["supernet"]}, network.spec)
 
 
-def _folded_weights(
+def _compile(predict: Callable[..., Any], weights: Any, spec: SupernetSpec) -> Predict:
+    """Compiled now, and kept by the predictor alone: `environment.release_memory` may clear all
+    that compiling left behind."""
+    image = jax.ShapeDtypeStruct((spec.image_size, spec.image_size, 3), jnp.uint8)
+    return functools.partial(jax.jit(predict).lower(weights, image).compile(), weights)
+
+
+def _packed_paths(
     spec: SupernetSpec, variables: dict[str, Any], settled: policy.Settled
-) -> skipping.Weights:
-    return _on_host(
-        jax.jit(
-            lambda variables: skipping.prepare_weights(spec, supernet.fold(variables), settled)
-        )(variables)
-    )
+) -> packing.Packed:
+    @jax.jit
+    def paths(variables):
+        return skipping.prepare_weights(spec, supernet.fold(variables), settled)
 
-
-def _on_host(weights: skipping.Weights) -> skipping.Weights:
-    """As numpy arrays, which `packing.embed` makes constants of a program."""
-    return jax.tree.map(np.asarray, weights)
+    return packing.pack(paths(variables))
 
 
 # A deployed network answers many images one after another, with its weights in cache; networks
@@ -117,16 +170,13 @@ _IMAGES_IN_A_ROW = 8
 def time_in_turn(predictors: dict[str, Predict], images: Iterable[np.ndarray]) -> dict[str, Any]:
     """Wall-clock milliseconds of every predictor on every image, one at a time.
 
-    Predictors take turns every few images, so that a drifting clock hurts all alike.
-    Compilation is outside the timing, waiting for the answer inside.
+    Predictors take turns every few images, so that a drifting clock hurts all alike. Waiting for
+    the answer is inside the timing.
 
     Returns:
       For each name an array [number of images].
     """
     images = list(images)
-    environment.run_together(
-        [functools.partial(predict, images[0]) for predict in predictors.values()]
-    )
     times: dict[str, list[float]] = {name: [] for name in predictors}
     for first in range(0, len(images), _IMAGES_IN_A_ROW):
         for name, predict in predictors.items():

@@ -1,7 +1,8 @@
 """The latency table: what each path costs on one device, in milliseconds for one image.
 
-A predicted latency is the sum of the active paths' rows, plus `fixed_ms` for what every image
-pays: stem, head, and the controller where there is one.
+A predicted latency is the sum of the active paths' rows, what every image pays (stem, head, and the
+controller where it runs), and what deciding costs: something for each cell that switches, and for
+each path beyond the first in such a cell.
 """
 
 import dataclasses
@@ -18,13 +19,16 @@ from instanas_jax import policy
 from instanas_jax.errors import InputError
 from instanas_jax.search_space import MOBILENETV2_OP, SupernetSpec, uniform_architecture
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FIXED_PARTS = ("stem", "head", "controller")
+# What whole networks cost beyond their kernels timed alone: a cell that switches, a path, a
+# megabyte of a path's weights, and a path beyond the first of a cell that switches.
+IN_NETWORK = ("switch", "path", "megabyte", "several")
 
 
 @dataclasses.dataclass(frozen=True)
 class LatencyTable:
-    """One device's measurements. Times are medians in milliseconds at `batch_size` images."""
+    """One device's measurements: lower deciles in milliseconds at `batch_size` images."""
 
     backend: str
     device: dict[str, Any]
@@ -33,9 +37,15 @@ class LatencyTable:
     batch_size: int
     dtype: str
     fixed_ms: dict[str, float]  # One entry for each of `FIXED_PARTS`.
-    cells_ms: np.ndarray  # [L, O]
+    cells_ms: np.ndarray  # [L, O], as part of a network: "path" and "megabyte" are in here.
     spread_ms: np.ndarray  # [L, O], interquartile range of the timed runs.
     repeats: int
+    in_network_ms: dict[str, float]  # One entry for each of `IN_NETWORK`.
+
+    @property
+    def several_ms(self) -> float:
+        """Of each path beyond the first in a cell that switches."""
+        return self.in_network_ms["several"]
 
     def fixed_total_ms(self, *, controller: bool) -> float:
         """What every image pays; a static architecture runs no controller."""
@@ -53,20 +63,46 @@ class LatencyBaselines:
 
 
 def lookup(
-    cells_ms: jax.Array | np.ndarray, mask: jax.Array | np.ndarray, forced_cells: np.ndarray
+    cells_ms: jax.Array | np.ndarray,
+    mask: jax.Array | np.ndarray,
+    forced_cells: np.ndarray,
+    *,
+    several_ms: np.ndarray | float = 0.0,
 ):
-    """Latency of each image's cells, the empty-cell rule applied, `fixed_ms` left out.
+    """Latency of each image's cells, the empty-cell rule applied, what every image pays left out.
 
     Args:
       cells_ms: [L, O].
       mask: [..., L, O].
       forced_cells: bool [L], `SupernetSpec.forced_cells`.
+      several_ms: of each path beyond a cell's first; [L] or the same for all.
 
     Returns:
       Milliseconds [...].
     """
     resolved, _ = policy.resolve_empty_cells(mask, forced_cells)
-    return jnp.sum(resolved * jnp.asarray(cells_ms, jnp.float32), axis=(-2, -1))
+    rows = jnp.sum(resolved * jnp.asarray(cells_ms, jnp.float32), axis=(-2, -1))
+    beyond_first = jnp.maximum(jnp.sum(resolved, axis=-1) - 1.0, 0.0)
+    return rows + jnp.sum(beyond_first * jnp.asarray(several_ms, jnp.float32), axis=-1)
+
+
+def image_ms(
+    table: LatencyTable,
+    mask: jax.Array | np.ndarray,
+    forced_cells: np.ndarray,
+    settled: policy.Settled,
+) -> np.ndarray:
+    """Predicted milliseconds [...] of whole images under masks [..., L, O] of one policy.
+
+    Args:
+      settled: what the policy decides alike for every image. Cells of which nothing is left to
+        decide do not switch, and where no cell switches the controller does not run.
+    """
+    several_ms = table.several_ms * settled.undecided_cells
+    cells = lookup(table.cells_ms, mask, forced_cells, several_ms=several_ms)
+    switches_ms = table.in_network_ms["switch"] * settled.undecided_cells.sum()
+    fixed_ms = table.fixed_total_ms(controller=not settled.everything)
+    return np.asarray(cells) + switches_ms + fixed_ms
 
 
 def baselines(table: LatencyTable, spec: SupernetSpec) -> LatencyBaselines:
@@ -79,7 +115,14 @@ def baselines(table: LatencyTable, spec: SupernetSpec) -> LatencyBaselines:
     mobilenetv2 = uniform_architecture(spec, MOBILENETV2_OP)
     return LatencyBaselines(
         mobilenetv2_ms=float(lookup(table.cells_ms, mobilenetv2, spec.forced_cells)),
-        max_ms=float(table.cells_ms.sum()),
+        max_ms=float(
+            lookup(
+                table.cells_ms,
+                np.ones(spec.mask_shape),
+                spec.forced_cells,
+                several_ms=table.several_ms,
+            )
+        ),
         min_ms=float(table.cells_ms[spec.forced_cells].min(axis=-1).sum()),
     )
 
@@ -165,6 +208,7 @@ def _parse(path: str | os.PathLike[str]) -> LatencyTable:
         values["spread_ms"] = np.asarray(values["spread_ms"], np.float64)
         table = LatencyTable(**values)
         complete = set(table.fixed_ms) == set(FIXED_PARTS)
+        complete &= set(table.in_network_ms) == set(IN_NETWORK)
         cells = sum(group[1] for group in table.spec["groups"])
     except InputError:
         raise
@@ -176,10 +220,11 @@ def _parse(path: str | os.PathLike[str]) -> LatencyTable:
     if table.cells_ms.shape != shape or table.spread_ms.shape != shape or not complete:
         raise InputError(
             f"latency table {path} holds cells_ms of shape {list(table.cells_ms.shape)} and "
-            f"fixed_ms {sorted(table.fixed_ms)}, its spec needs {list(shape)} and "
-            f"{sorted(FIXED_PARTS)}: measure it anew"
+            f"fixed_ms {sorted(table.fixed_ms)}, in_network_ms {sorted(table.in_network_ms)}; its "
+            f"spec needs {list(shape)}, {sorted(FIXED_PARTS)} and {sorted(IN_NETWORK)}: measure it "
+            "anew"
         )
-    times = [*table.cells_ms.flat, *table.fixed_ms.values()]
+    times = [*table.cells_ms.flat, *table.fixed_ms.values(), *table.in_network_ms.values()]
     if not all(np.isfinite(time) and time >= 0.0 for time in times) or table.cells_ms.max() <= 0:
         raise InputError(f"latency table {path} holds a time that is no time: measure it anew")
     return table

@@ -1,12 +1,17 @@
-"""Weights inside a program, as few constants.
+"""Weights as few arguments of a program.
 
 XLA's CPU client pays 0.5 to 1 us a call for every array of a program, be it an argument or a
 constant, on a path that runs or on one that does not. A supernet has 480 arrays; MobileNetV2 at
 width 0.5 takes 300 us. So small arrays lie in one long vector and are cut out where they are used,
 inside the branch of their path.
+
+They are arguments rather than constants: a program's constants are copied into each of its forms
+on the way to machine code, a gigabyte at width 1, and programs that share them between branches
+run one at a time, however many threads call.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -17,9 +22,40 @@ from jax import lax
 
 Weights = Any  # A pytree of arrays.
 
-# Values up to which cutting a matrix out, a copy on the paths that run, is cheaper than a
-# constant of its own on all paths.
+# Values up to which cutting a matrix out, a copy on the paths that run, is cheaper than an
+# argument of its own on all paths.
 _CUT_UP_TO = 2**13
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # Equal by identity: compared at every call.
+class _Layout:
+    structure: Any
+    shapes: tuple[tuple[int, ...], ...]
+    is_cut: tuple[bool, ...]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["vector", "large"], meta_fields=["layout"]
+)
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A tree of weights as one vector and few arrays; an argument of jitted functions."""
+
+    vector: jax.Array
+    large: tuple[jax.Array, ...]
+    layout: _Layout
+
+    def unpack(self) -> Weights:
+        """The tree for `read`: arrays, and cuts of the vector in the place of small ones."""
+        shapes, is_cut = self.layout.shapes, self.layout.is_cut
+        sizes = [math.prod(shape) if cut else 0 for shape, cut in zip(shapes, is_cut, strict=True)]
+        starts = np.cumsum([0, *sizes[:-1]]).tolist()
+        large = iter(self.large)
+        leaves = [
+            _Cut(self.vector, start, shape) if cut else next(large)
+            for shape, cut, start in zip(shapes, is_cut, starts, strict=True)
+        ]
+        return jax.tree.unflatten(self.layout.structure, leaves)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,33 +71,24 @@ class _Cut:
         return lax.slice(self.vector, (self.start,), (stop,)).reshape(self.shape)
 
 
-def embed(weights: Weights) -> Weights:
-    """Inside a traced function: numpy weights as few constants of the program.
-
-    Returns:
-      The same tree for `read`: arrays, and cuts of one vector in the place of small ones.
-    """
+def pack(weights: Weights) -> Packed:
+    """Lays a tree of float32 arrays out on the default device."""
     leaves, structure = jax.tree.flatten(weights)
-    small = [leaf for leaf in leaves if _is_cut(leaf)]
-    vector = np.concatenate([leaf.ravel() for leaf in small]) if small else np.zeros(0, np.float32)
-    large = [jnp.asarray(leaf) for leaf in leaves if not _is_cut(leaf)]
-    # The barrier keeps XLA from cutting the vector up when it compiles, and large arrays from
-    # becoming one constant in each branch that reads them.
-    vector, large = lax.optimization_barrier((jnp.asarray(vector), large))
-    starts = iter(np.cumsum([0, *(leaf.size for leaf in small)]).tolist())
-    rest = iter(large)
-    embedded = [
-        _Cut(vector, next(starts), leaf.shape) if _is_cut(leaf) else next(rest) for leaf in leaves
-    ]
-    return jax.tree.unflatten(structure, embedded)
+    is_cut = tuple(_is_cut(leaf) for leaf in leaves)
+    small = [np.ravel(leaf) for leaf, cut in zip(leaves, is_cut, strict=True) if cut]
+    return Packed(
+        vector=jnp.asarray(np.concatenate(small) if small else np.zeros(0, np.float32)),
+        large=tuple(jnp.asarray(leaf) for leaf, cut in zip(leaves, is_cut, strict=True) if not cut),
+        layout=_Layout(structure, tuple(np.shape(leaf) for leaf in leaves), is_cut),
+    )
 
 
-def _is_cut(leaf: np.ndarray) -> bool:
+def _is_cut(leaf: Any) -> bool:
     """Small, or a bias [C] or depthwise kernel [k, k, C]: fused loops index the vector itself."""
     return leaf.ndim in (1, 3) or leaf.size <= _CUT_UP_TO
 
 
 def read(weights: Weights) -> Weights:
-    """Weights as arrays, where `embed` made some of them cuts. Call it inside the branch that
-    uses them, or a branch that is not taken would still copy."""
+    """Weights as arrays, where `Packed.unpack` made some of them cuts. Call it inside the branch
+    that uses them, or a branch that is not taken would still copy."""
     return jax.tree.map(lambda leaf: leaf.read() if isinstance(leaf, _Cut) else leaf, weights)

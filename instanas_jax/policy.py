@@ -5,6 +5,7 @@ Source: InstaNAS (arXiv 1811.10201), section 3.3.
 """
 
 import dataclasses
+import itertools
 from typing import Literal
 
 import chex
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from instanas_jax.errors import InputError
-from instanas_jax.search_space import FORCED_OP, NUM_OPS
+from instanas_jax.search_space import CANDIDATE_OPS, FORCED_OP, NUM_OPS, OpSpec
 
 EntropyKind = Literal["one_sided", "binary"]
 
@@ -119,6 +120,29 @@ def resolve_empty_cells(
     return resolved, (empty & ~forced).astype(mask.dtype)
 
 
+def running_ops(architecture: np.ndarray, forced_cells: np.ndarray) -> list[list[OpSpec]]:
+    """The ops that each cell of an architecture [L, O] runs, the empty-cell rule applied."""
+    resolved, _ = resolve_empty_cells(architecture, forced_cells)
+    return [[CANDIDATE_OPS[op] for op in np.flatnonzero(row)] for row in np.asarray(resolved)]
+
+
+def describe(architecture: np.ndarray, forced_cells: np.ndarray) -> str:
+    """An architecture [L, O] on one line: cells counted from 0, neighbours that agree together.
+
+    `0 basic, 1-2 k3e3, 3 k3e6+k5e3, 4-16 skip`; the image passes through a cell that says `skip`.
+    """
+    cells = [
+        "+".join(op.short_name for op in ops) or "skip"
+        for ops in running_ops(architecture, forced_cells)
+    ]
+    parts, first = [], 0
+    for text, equal in itertools.groupby(cells):
+        last = first + len(list(equal)) - 1
+        parts.append(f"{first}-{last} {text}" if last > first else f"{first} {text}")
+        first = last + 1
+    return ", ".join(parts)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Settled:
     """Decisions of a policy that are the same for every image.
@@ -159,6 +183,11 @@ class Settled:
     def everything(self) -> bool:
         """Whether there is one architecture left."""
         return bool((self.on | self.off).all())
+
+    @property
+    def undecided_cells(self) -> np.ndarray:
+        """Cells in which some decision is left; bool [L]."""
+        return np.logical_not(np.all(self.on | self.off, axis=-1))
 
     def may_run(self, forced_cells: np.ndarray) -> np.ndarray:
         """Paths that some image may run, the empty-cell rule applied; bool [L, O].

@@ -1,25 +1,48 @@
 """Measures a latency table: every path, stem, head and controller as compiled kernels.
 
-Each row is the median over interleaved rounds of one jitted call at batch 1, waiting for the
-result inside the timing, compilation outside. A call costs the host some microseconds that the
+Each row is the lower decile over interleaved rounds of one jitted call at batch 1, waiting for the
+result inside the timing, compilation outside. (Shared machines change their clock by 1.4 within
+milliseconds: of 50 runs of a network the median repeated to 2.9 %, the lower decile to 1.4.) A call costs the host some microseconds that the
 whole network pays once, not once a cell, so the time of a call that computes nothing, with the
 same number of arguments, is measured in the same rounds and subtracted.
+
+In a network a path costs more than its kernels alone: its switch, weights that have left the
+nearest cache, the sum with other paths of its cell. The same rounds time the skipping execution
+of random architectures, and what their times have beyond the sum of their rows is fitted by four
+figures, `latency.IN_NETWORK`.
 """
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import optimize
 
-from instanas_jax import controller, convolution, environment, ops, skipping, supernet
-from instanas_jax.latency import LatencyTable
+from instanas_jax import (
+    controller,
+    convolution,
+    cost,
+    environment,
+    inference,
+    ops,
+    policy,
+    skipping,
+    supernet,
+)
+from instanas_jax.latency import IN_NETWORK, LatencyTable
 from instanas_jax.search_space import CANDIDATE_OPS, CellSpec, SupernetSpec
 
+Call = Callable[[], Any]
+
 _FASTEST_MS = 1e-4  # A row is a time: noise must not make it zero or negative.
+# Architectures that are timed whole, with from a twentieth to all but a twentieth of their paths.
+_NETWORKS = 40
+_DENSITIES = (0.05, 0.95)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +52,16 @@ class _Program:
     x: jax.Array
 
     def seconds(self) -> float:
-        """Of one call, with the weights in cache, as they are in a network that answers many
-        images: all other programs have run since this one's last call."""
-        self.run(self.weights, self.x).block_until_ready()
-        start = time.perf_counter()
-        self.run(self.weights, self.x).block_until_ready()
-        return time.perf_counter() - start
+        return _seconds(functools.partial(self.run, self.weights, self.x))
+
+
+def _seconds(call: Call) -> float:
+    """Of one call, with the weights in cache, as they are in a network that answers many images:
+    all other programs have run since this one's last call."""
+    jax.block_until_ready(call())
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
 
 
 def measure(
@@ -53,24 +80,48 @@ def measure(
       seed: of weights and inputs, on which no time depends.
       on_round: called after each round, for a progress bar.
     """
+    return measure_beside(spec, [], rounds=rounds, lowering=lowering, seed=seed, on_round=on_round)[
+        0
+    ]
+
+
+def measure_beside(
+    spec: SupernetSpec,
+    others: Sequence[Call],
+    *,
+    rounds: int,
+    lowering: convolution.Lowering | None = None,
+    seed: int = 0,
+    on_round: Callable[[], object] = lambda: None,
+) -> tuple[LatencyTable, np.ndarray]:
+    """As `measure`; and, in the same rounds, the times of N calls that the table is not fitted to.
+
+    Returns:
+      The table, and milliseconds [N], lower deciles as the table's.
+    """
     lowering = lowering or convolution.default_lowering()
     fixed, cells = _programs(spec, lowering, jax.random.key(seed))
     distinct = {**{("fixed", name): program for name, program in fixed.items()}, **cells}
     empty_calls = {key: _empty_call(program) for key, program in distinct.items()}
+    masks = random_masks(spec, _NETWORKS, densities=_DENSITIES, seed=seed)
+    whole = [*networks(spec, masks, lowering=lowering, seed=seed), *others]
     environment.run_together(
         [program.seconds for program in (*distinct.values(), *empty_calls.values())]
     )
 
     seconds: dict[Any, list[float]] = {key: [] for key in distinct}
     overhead: dict[Any, list[float]] = {key: [] for key in distinct}
-    for _ in range(rounds):
+    whole_seconds = np.zeros((rounds, len(whole)))
+    for done in range(rounds):
         for key, program in distinct.items():
             seconds[key].append(program.seconds())
             overhead[key].append(empty_calls[key].seconds())
+        for index, call in enumerate(whole):
+            whole_seconds[done, index] = _seconds(call)
         on_round()
 
-    def median_ms(key: Any) -> float:
-        net = np.median(seconds[key]) - np.median(overhead[key])
+    def undisturbed_ms(key: Any) -> float:
+        net = _undisturbed(seconds[key]) - _undisturbed(overhead[key])
         return max(float(net) * 1e3, _FASTEST_MS)
 
     def spread_ms(key: Any) -> float:
@@ -78,18 +129,103 @@ def measure(
         return float(high - low) * 1e3
 
     keys = [[(cell, op) for op in ops.ALL_OPS] for cell in spec.cells]
-    return LatencyTable(
+    fixed_ms = {name: undisturbed_ms(("fixed", name)) for name in fixed}
+    alone_ms = np.array([[undisturbed_ms(key) for key in row] for row in keys])
+    whole_ms = _undisturbed(whole_seconds) * 1e3
+    in_network_ms = _fit_in_network(
+        spec,
+        masks,
+        measured_ms=whole_ms[: len(masks)],
+        kernels_ms=(_running(spec, masks) * alone_ms).sum(axis=(1, 2)) + sum(fixed_ms.values()),
+    )
+    table = LatencyTable(
         backend=jax.default_backend(),
         device=environment.describe_device(),
         versions=environment.describe_versions(),
         spec=spec.to_json(),
         batch_size=1,
         dtype="float32",
-        fixed_ms={name: median_ms(("fixed", name)) for name in fixed},
-        cells_ms=np.array([[median_ms(key) for key in row] for row in keys]),
+        fixed_ms=fixed_ms,
+        cells_ms=alone_ms
+        + in_network_ms["path"]
+        + in_network_ms["megabyte"] * _weight_megabytes(spec),
         spread_ms=np.array([[spread_ms(key) for key in row] for row in keys]),
         repeats=rounds,
+        in_network_ms=in_network_ms,
     )
+    return table, whole_ms[len(masks) :]
+
+
+def _undisturbed(seconds: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Of runs [rounds, ...]."""
+    return np.percentile(seconds, 10, axis=0)
+
+
+def random_masks(
+    spec: SupernetSpec, count: int, *, densities: tuple[float, float], seed: int
+) -> np.ndarray:
+    """Masks [count, L, O] with shares of paths on that are drawn evenly from a range."""
+    rng = np.random.default_rng(seed)
+    shares = rng.uniform(*densities, size=(count, 1, 1))
+    return (rng.uniform(size=(count, *spec.mask_shape)) < shares).astype(np.float32)
+
+
+def networks(
+    spec: SupernetSpec,
+    masks: np.ndarray,
+    *,
+    lowering: convolution.Lowering | None = None,
+    seed: int = 0,
+) -> list[Call]:
+    """Calls of the skipping execution of one image, one under each of N masks [N, L, O].
+
+    The controller runs as well, though its masks are not used; weights are random.
+    """
+    key = jax.random.key(seed)
+    network = inference.deploy(
+        spec,
+        supernet_variables=supernet.init(key, spec),
+        controller_variables=controller.init(key, spec),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        lowering=lowering or convolution.default_lowering(),
+    )
+
+    def run(weights, image, mask):
+        return network.answer(weights, image, mask), network.decide(weights, image)
+
+    image = jnp.zeros((1, spec.image_size, spec.image_size, 3), jnp.uint8)
+    on_device = [jnp.asarray(mask, jnp.float32) for mask in masks]
+    compiled = jax.jit(run).lower(network.weights, image, on_device[0]).compile()
+    return [functools.partial(compiled, network.weights, image, mask) for mask in on_device]
+
+
+def _running(spec: SupernetSpec, masks: np.ndarray) -> np.ndarray:
+    return np.asarray(policy.resolve_empty_cells(masks, spec.forced_cells)[0])
+
+
+def _weight_megabytes(spec: SupernetSpec) -> np.ndarray:
+    """Of each path, float32; [L, O]."""
+    return cost.path_costs(spec)[1] * 4e-6
+
+
+def _fit_in_network(
+    spec: SupernetSpec, masks: np.ndarray, *, measured_ms: np.ndarray, kernels_ms: np.ndarray
+) -> dict[str, float]:
+    """What networks [N] take beyond the sum of their kernels, by least squares of the relative
+    error; no figure is below zero."""
+    running = _running(spec, masks)
+    paths = running.sum(axis=-1)
+    features = {
+        "switch": np.full(len(masks), spec.num_cells),
+        "path": paths.sum(axis=-1),
+        "megabyte": (running * _weight_megabytes(spec)).sum(axis=(1, 2)),
+        "several": np.maximum(paths - 1.0, 0.0).sum(axis=-1),
+    }
+    columns = np.stack([features[name] for name in IN_NETWORK], axis=1)
+    beyond = (measured_ms - kernels_ms) / measured_ms
+    figures, _ = optimize.nnls(columns / measured_ms[:, None], beyond)
+    return dict(zip(IN_NETWORK, figures.tolist(), strict=True))
 
 
 def _programs(

@@ -29,6 +29,11 @@ class OpSpec:
     def is_basic(self) -> bool:
         return self.expansion == 0
 
+    @property
+    def short_name(self) -> str:
+        """`k3e6` for kernel 3 and expansion 6; `basic`."""
+        return "basic" if self.is_basic else f"k{self.kernel}e{self.expansion}"
+
 
 CANDIDATE_OPS: tuple[OpSpec, ...] = (
     OpSpec("mbconv_k3_e6", kernel=3, expansion=6),

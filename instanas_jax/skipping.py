@@ -1,10 +1,10 @@
-"""One image through the paths of its mask alone: what runs is traced here, and nothing else.
+"""Images through the paths of their common mask alone: what runs is traced here, and nothing else.
 
 A cell is a `lax.switch` over what its policy may decide: a branch for each op alone, one for
 several, one for none. It compiles once for all architectures, because the switches' indices are
-scalars. (`vmap` would turn the branches into selects that run both sides, so batches need other
-means.) Where a cell's decisions are settled there is no switch, so a static network is the case in
-which all of them are.
+scalars. (`vmap` would turn the branches into selects that run both sides, so images with different
+masks run one after another; see `batching`.) Where a cell's decisions are settled there is no
+switch, so a static network is the case in which all of them are.
 """
 
 import dataclasses
@@ -51,29 +51,29 @@ def prepare_weights(
 def apply_skipping(
     spec: SupernetSpec,
     weights: Weights,
-    image: jax.Array,
+    images: jax.Array,
     mask: jax.Array,
     *,
     lowering: convolution.Lowering,
     settled: policy.Settled | None = None,
 ) -> jax.Array:
-    """Class logits of one image, running the paths of its mask alone.
+    """Class logits of images that share a mask, running its paths alone.
 
     Args:
       weights: from `prepare_weights`.
-      image: normalised [1, H, W, 3].
+      images: normalised [M, H, W, 3].
       mask: [1, L, O], traced.
       settled: decisions that every mask agrees with.
 
     Returns:
-      [1, K], equal to `supernet.apply_eval` within rounding.
+      [M, K], equal to `supernet.apply_eval` within rounding.
     """
     chex.assert_shape(mask, (1, *spec.mask_shape))
     plans = _plans(spec, _or_nothing(spec, settled))
     resolved, _ = policy.resolve_empty_cells(mask, spec.forced_cells)
     codes, branches = _decisions(plans, resolved[0])
     ends = packing.read({name: weights[name] for name in _ENDS})
-    x = supernet.apply_stem(spec, ends, image, lowering=lowering)
+    x = supernet.apply_stem(spec, ends, images, lowering=lowering)
     for index, cell in enumerate(spec.cells):
         runs = _path_programs(cell, weights["paths"][index], lowering)
         x = _apply_cell(cell, plans[index], runs, x, codes[index], branches[index], spec.join)
@@ -218,7 +218,7 @@ def _apply_several(
         )
         return remaining - lowest_bit, added
 
-    nothing = jnp.zeros((1, cell.out_size, cell.out_size, cell.out_channels))
+    nothing = jnp.zeros((x.shape[0], cell.out_size, cell.out_size, cell.out_channels))
     _, total = lax.while_loop(lambda state: state[0] != 0, add_next, (code, nothing))
     active = (code >> jnp.arange(len(runs))) & 1
     return total * ops.join_scale(active.astype(total.dtype), join)

@@ -39,6 +39,13 @@ def create(
     return restart(empty)
 
 
+def shapes(spec: SupernetSpec) -> TrainState:
+    """Shapes and types of a state, without its values."""
+    networks = {"supernet": supernet.shapes(spec), "controller": controller.shapes(spec)}
+    empty = TrainState(step=jnp.zeros((), jnp.int32), optimizer={}, **networks)
+    return jax.eval_shape(restart, empty)
+
+
 def restart(state: TrainState) -> TrainState:
     """The same networks at step 0 with fresh optimizers: how every stage begins."""
     optimizer = optimizers.init(state.supernet["params"], state.controller["params"])

@@ -21,9 +21,18 @@ def restored(monkeypatch):
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("", "--xla_backend_optimization_level=1"),
-        ("--xla_a=1", "--xla_a=1 --xla_backend_optimization_level=1"),
-        ("--xla_backend_optimization_level=3", "--xla_backend_optimization_level=3"),
+        (
+            "",
+            "--xla_backend_optimization_level=1 --xla_cpu_prefer_vector_width=512",
+        ),
+        (
+            "--xla_a=1",
+            "--xla_a=1 --xla_backend_optimization_level=1 --xla_cpu_prefer_vector_width=512",
+        ),
+        (
+            "--xla_backend_optimization_level=3",
+            "--xla_backend_optimization_level=3 --xla_cpu_prefer_vector_width=512",
+        ),
     ],
 )
 def test_a_users_xla_flags_stay(restored, before, after):
@@ -41,9 +50,7 @@ def test_an_accelerators_compiler_keeps_its_flags(restored):
 
 
 def test_calls_run_together_and_an_error_comes_out():
-    done = []
-    environment.run_together([lambda: done.append(1), lambda: done.append(2)])
-    assert sorted(done) == [1, 2]
+    assert environment.run_together([lambda: 1, lambda: 2]) == [1, 2]
     with pytest.raises(ZeroDivisionError):
         environment.run_together([lambda: 1 / 0])
 
@@ -68,6 +75,23 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout
     assert int(faults) < 2**26 // 4096 // 10
+
+
+def test_an_inference_process_has_flags_of_its_own(restored):
+    restored.setenv("XLA_FLAGS", "")
+    restored.setenv("NPROC", "")
+    environment.configure_cpu()
+    assert "ynn" not in os.environ["XLA_FLAGS"]
+    environment.configure_cpu(inference_threads=1)
+    assert "--xla_cpu_experimental_ynn_fusion_type=" in os.environ["XLA_FLAGS"].split()
+
+
+def test_an_inference_process_has_its_threads_and_gives_back_results_and_errors():
+    here = environment.describe_device()
+    there = environment.in_inference_process(environment.describe_device, threads=1)
+    assert there == environment.describe_device(inference_threads=1) == {**here, "threads": 1}
+    with pytest.raises(ZeroDivisionError):
+        environment.in_inference_process(divmod, 1, 0, threads=1)
 
 
 def test_the_device_is_named():

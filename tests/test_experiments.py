@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import cifar10, cifar100, digits, recipe, run, stage_runner
+from experiments import cifar10, cifar100, digits, recipe, run, stage_runner, trained_run
 from experiments import flags as flags_lib
 from experiments.config import Config, RunConfig, validate_section
 from experiments.workdir import Workdir
-from instanas_jax import data, data_sources, metrics, parallel
+from instanas_jax import data, data_sources, environment, metrics, parallel
 from instanas_jax.augment import Augmentation
 from instanas_jax.errors import InputError
 from tests.test_training import fresh_state, make_stage
@@ -56,6 +56,12 @@ def parse(*arguments: str) -> None:
 def fake_data(monkeypatch):
     load = data.load
     monkeypatch.setattr(data, "load", lambda name, **options: load("synthetic", **options))
+    # Times are not looked at here, and a process of its own is slow to start.
+    monkeypatch.setattr(
+        environment,
+        "in_inference_process",
+        lambda function, *arguments, threads: function(*arguments),
+    )
 
 
 @pytest.mark.parametrize("flagfile", FLAGFILES, ids=lambda path: path.stem)
@@ -77,9 +83,16 @@ def test_every_shipped_flagfile_runs_to_its_results(flagfile, tmp_path, fake_dat
     for file in ("flags.txt", "config.json", "versions.json", "latency_table.json"):
         assert (tmp_path / "run" / file).stat().st_size > 0
     assert "mobilenetv2" in capsys.readouterr().out
-    # The same command again reads the finished run and trains nothing.
+    opened = trained_run.open_run(str(tmp_path / "run"))
+    assert opened.dataset.class_names == data.load("synthetic", validation_size=1).class_names
+    assert trained_run.choose_variant(opened, "A") == "A"
+    trained_run.restore_networks(opened, trained_run.choose_variant(opened))
+    # The same command again reads the finished run and trains nothing; it adds the summary of the
+    # data set, which runs of older versions lack.
     before = (tmp_path / "run/metrics.jsonl").read_text()
+    (tmp_path / "run/dataset.json").unlink()
     run._run(name)
+    assert trained_run.open_run(str(tmp_path / "run")) is not None
     assert "is complete" in capsys.readouterr().out
     assert (tmp_path / "run/metrics.jsonl").read_text() == before
 

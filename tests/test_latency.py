@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from instanas_jax import latency, search_space
+from instanas_jax import latency, policy, search_space
 from instanas_jax.errors import InputError
 
 SPEC = search_space.preset("tiny", num_classes=10)
@@ -23,6 +23,7 @@ def make_table(**changes) -> latency.LatencyTable:
         cells_ms=cells_ms,
         spread_ms=np.zeros((4, 5)),
         repeats=3,
+        in_network_ms=dict.fromkeys(latency.IN_NETWORK, 0.0),
     )
     return dataclasses.replace(table, **changes)
 
@@ -49,6 +50,24 @@ def test_baselines_are_op_0_all_and_the_fastest():
 def test_fixed_parts_leave_the_controller_out_for_static_architectures():
     assert make_table().fixed_total_ms(controller=True) == 0.875
     assert make_table().fixed_total_ms(controller=False) == 0.75
+
+
+def test_deciding_costs_where_something_is_left_to_decide():
+    table = make_table(in_network_ms={"switch": 0.01, "path": 9.0, "megabyte": 9.0, "several": 0.1})
+    mask = np.zeros((4, 5), np.float32)
+    mask[0, :2] = mask[2, :3] = 1.0  # Rows 1 + 2 and 11 + 12 + 13; cells 1 and 3 are forced.
+    rows = 3.0 + 36.0 + 10.0 + 20.0
+
+    def predicted(settled) -> float:
+        return float(latency.image_ms(table, mask, SPEC.forced_cells, settled))
+
+    undecided = policy.Settled.nothing(SPEC.mask_shape)
+    assert predicted(undecided) == pytest.approx(rows + (1 + 2) * 0.1 + 4 * 0.01 + 0.875)
+    cell_0_settled = policy.Settled.nothing(SPEC.mask_shape)
+    cell_0_settled.on[0, :2] = cell_0_settled.off[0, 2:] = True
+    assert predicted(cell_0_settled) == pytest.approx(rows + 2 * 0.1 + 3 * 0.01 + 0.875)
+    # One architecture is left: neither switches nor the controller run.
+    assert predicted(policy.Settled.architecture(mask)) == pytest.approx(rows + 0.75)
 
 
 def test_a_saved_table_loads_equal(tmp_path):
@@ -82,6 +101,7 @@ def test_another_supernets_table_is_an_error_naming_both(tmp_path):
         ("cells_ms", [[1.0]]),
         ("cells_ms", "fast"),
         ("fixed_ms", {"stem": 1.0}),
+        ("in_network_ms", {"switch": 0.0}),
         ("fixed_ms", {"stem": -1.0, "head": 1.0, "controller": 1.0}),
         ("spec", 3),
         ("unknown", 1),

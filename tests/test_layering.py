@@ -35,6 +35,7 @@ LAYERS = {
         "profiling",
         "inference",
         "skipping",
+        "batching",
         "packing",
         "static_nas",
     },

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from instanas_jax import policy
+from instanas_jax import policy, search_space
 from instanas_jax.errors import InputError
 
 LN3 = math.log(3.0)  # sigmoid(ln 3) = 3 / 4
@@ -212,3 +212,30 @@ class TestValidateMask:
         mask[2, 3] = value
         with pytest.raises(InputError, match=str(value)):
             policy.validate_mask(mask, (4, 5))
+
+
+class TestDescribe:
+    SPEC = search_space.preset("px32", num_classes=10)
+
+    def test_an_architecture_on_one_line(self):
+        """Cells 0, 1, 3, 6, 10, 13 and 16 can't be empty: they run basic_conv, others nothing."""
+        architecture = np.zeros(self.SPEC.mask_shape)
+        architecture[[1, 2, 3], 1] = 1.0
+        architecture[4, [0, 3]] = 1.0
+        architecture[15, 2] = 1.0
+        assert policy.describe(architecture, self.SPEC.forced_cells) == (
+            "0 basic, 1-3 k3e3, 4 k3e6+k5e3, 5 skip, 6 basic, 7-9 skip, 10 basic, 11-12 skip, "
+            "13 basic, 14 skip, 15 k5e6, 16 basic"
+        )
+
+    def test_one_op_everywhere(self):
+        everywhere = search_space.uniform_architecture(self.SPEC, 0)
+        assert policy.describe(everywhere, self.SPEC.forced_cells) == "0-16 k3e6"
+
+    def test_running_ops(self):
+        architecture = np.zeros(self.SPEC.mask_shape)
+        architecture[1, [4, 0]] = 1.0
+        running = policy.running_ops(architecture, self.SPEC.forced_cells)
+        names = [[op.name for op in ops] for ops in running]
+        assert names[:4] == [["basic_conv"], ["mbconv_k3_e6", "basic_conv"], [], ["basic_conv"]]
+        assert len(names) == 17

@@ -1,0 +1,117 @@
+"""How well the latency table predicts what whole networks take.
+
+python -m benchmarks.latency_fidelity --output=benchmarks/results/latency_fidelity.json
+
+The networks are random architectures through the skipping execution, the controller included, and
+with --workdir a trained variant on validation images, each under the architecture that its
+controller chooses. None is among those that the table is fitted to. Table and networks are timed in
+the same interleaved rounds, since the machine's clock drifts.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+from absl import flags
+from scipy import stats
+from tqdm import tqdm
+
+from benchmarks import reporting
+from benchmarks.subjects import Subjects
+from experiments import flags as flags_lib
+from experiments.config import ModelConfig
+from instanas_jax import environment, latency, profiling
+from instanas_jax.errors import InputError
+from instanas_jax.policy import Settled
+
+_SEED = 1  # The table's own architectures have seed 0.
+_DENSITIES = (0.05, 0.95)
+_VALIDATION_IMAGES = 1000
+
+
+def _define_flags() -> None:
+    flags_lib.define_section(ModelConfig())
+    flags.DEFINE_string("output", None, "JSON file to write. Required.")
+    flags.DEFINE_string("workdir", "", "A trained run, whose supernet is then the one measured.")
+    flags.DEFINE_string("variant", "", "Of the run; empty: its most accurate.")
+    flags.DEFINE_integer("num_classes", 100, "Classes of the classifier.", lower_bound=1)
+    flags.DEFINE_integer("architectures", 200, "Random architectures.", lower_bound=2)
+    flags.DEFINE_integer("images", 50, "Images of the trained variant.", lower_bound=2)
+    flags.DEFINE_integer("rounds", 30, "Timed calls of each network and kernel.", lower_bound=1)
+    flags.DEFINE_integer("threads", 1, "Threads of one image.", lower_bound=1)
+
+
+def _run() -> None:
+    values = flags.FLAGS
+    if not values.output:
+        raise InputError("--output is not set: name the JSON file for the measurements")
+    environment.configure_cpu(inference_threads=values.threads)
+    spec = flags_lib.read_section(ModelConfig).spec(num_classes=values.num_classes)
+    calls: list[profiling.Call] = []
+    images, chosen = np.zeros(0), np.zeros(0)
+    subjects = None
+    if values.workdir:
+        subjects = Subjects.trained(values.workdir, values.variant, _VALIDATION_IMAGES)
+        spec = subjects.spec
+        images, chosen = _images_of_many_architectures(subjects, values.images)
+        calls += [functools.partial(subjects.predictor, image) for image in images]
+    masks = profiling.random_masks(spec, values.architectures, densities=_DENSITIES, seed=_SEED)
+    calls += profiling.networks(spec, masks)
+    with tqdm(total=values.rounds, desc="networks", unit="round", dynamic_ncols=True) as bar:
+        table, measured_ms = profiling.measure_beside(
+            spec, calls, rounds=values.rounds, on_round=bar.update
+        )
+
+    def predict(masks: np.ndarray, settled: Settled) -> np.ndarray:
+        return latency.image_ms(table, masks, spec.forced_cells, settled)
+
+    undecided = Settled.nothing(spec.mask_shape)
+    rows = _rows("random_architectures", predict(masks, undecided), measured_ms[len(images) :])
+    if subjects is not None:
+        predicted_ms = predict(chosen, subjects.settled)
+        rows += _rows("trained_controller", predicted_ms, measured_ms[: len(images)])
+    rows += [
+        reporting.measurement(f"in_network_{name}", [value], "ms")
+        for name, value in table.in_network_ms.items()
+    ]
+    reporting.write_report(values.output, benchmark="latency_fidelity", results=rows)
+    for row in rows:
+        print(f"{row['name']}: {row['value']:.4f} {row['unit']}")
+
+
+def _images_of_many_architectures(subjects: Subjects, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images [N, H, W, 3] and what the controller chooses for them [N, L, O]: one image of each
+    architecture, while there are others, and no more than `count`."""
+    masks = subjects.decide(subjects.images)
+    flattened = masks.reshape(len(masks), -1)
+    _, firsts = np.unique(flattened, axis=0, return_index=True)
+    others = np.setdiff1d(np.arange(len(masks)), firsts)
+    places = np.concatenate([firsts, others])[:count]
+    return subjects.images[places], masks[places]
+
+
+def _rows(name: str, predicted_ms: np.ndarray, measured_ms: np.ndarray) -> list[dict[str, Any]]:
+    """Error, order, worst case and bias of predictions [N] of measurements [N]."""
+    error = predicted_ms / measured_ms - 1.0
+    rows = [
+        reporting.measurement(
+            f"{name}_mean_absolute_error", [float(np.abs(error).mean())], "fraction"
+        ),
+        reporting.measurement(f"{name}_worst_error", [float(np.abs(error).max())], "fraction"),
+        reporting.measurement(f"{name}_bias", [float(error.mean())], "fraction"),
+        reporting.measurement(f"{name}_measured", measured_ms.tolist(), "ms"),
+        reporting.measurement(f"{name}_predicted", predicted_ms.tolist(), "ms"),
+    ]
+    if np.ptp(predicted_ms) > 0.0:  # One architecture for all images has no order.
+        tau = float(stats.kendalltau(predicted_ms, measured_ms)[0])  # pyright: ignore
+        rows.append(reporting.measurement(f"{name}_kendall_tau", [tau], "tau"))
+    return rows
+
+
+def main() -> None:
+    _define_flags()
+    flags_lib.start(_run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""What skipping saves, one image and a batch, beside what a user would run instead.
+
+python -m benchmarks.skip_speedup --output=benchmarks/results/skip_speedup.json
+
+Every execution answers the same images under the same masks, in turn (A B A B). `skipping` holds
+the controller and decides anew for each image; `static_controller` is the subnet compiled for its
+mask, beside the controller; `static` the subnet alone, and so are the peers. `masked` computes
+every path. JAX runs each program on one thread, batches one program a thread.
+"""
+
+import functools
+import os
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from benchmarks import reporting
+from benchmarks.subjects import DENSITIES, Call, Subjects
+from experiments import flags as flags_lib
+from experiments.config import ModelConfig
+from instanas_jax import environment, inference
+from instanas_jax.errors import InputError
+from instanas_jax.policy import Settled
+from instanas_jax.search_space import SupernetSpec
+
+_TIMED_CALLS_IN_A_ROW = 5
+
+
+def _define_flags() -> None:
+    flags_lib.define_section(ModelConfig())
+    flags.DEFINE_string("output", None, "JSON file to write. Required.")
+    flags.DEFINE_integer("num_classes", 100, "Classes of the classifier.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 256, "Images of the batch with one mask each.")
+    flags.DEFINE_integer("peer_batch_size", 64, "Images of the batch that peers run as well.")
+    flags.DEFINE_integer("rounds", 15, "Turns of each execution.", lower_bound=1)
+
+
+def _time(calls: dict[str, Call], *, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each call, in turn, a few calls a turn."""
+    for call in calls.values():
+        jax.block_until_ready(call())
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            jax.block_until_ready(call())  # Its weights come back into cache.
+            for _ in range(_TIMED_CALLS_IN_A_ROW):
+                start = time.perf_counter()
+                jax.block_until_ready(call())
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def _rows(case: str, times: dict[str, list[float]], *, over: str) -> list[dict[str, Any]]:
+    """Milliseconds of every execution, and each one's ratio to one of them, turn by turn."""
+    rows = [reporting.measurement(f"{case}_{name}", values, "ms") for name, values in times.items()]
+    reference = _turns(times[over])
+    rows += [
+        reporting.measurement(
+            f"{case}_{name}_over_{over}", (_turns(values) / reference).tolist(), "ratio"
+        )
+        for name, values in times.items()
+        if name != over
+    ]
+    return rows
+
+
+def _turns(values: list[float]) -> np.ndarray:
+    """Median of each turn."""
+    return np.median(np.reshape(values, (-1, _TIMED_CALLS_IN_A_ROW)), axis=1)
+
+
+def _one_image(subjects: Subjects, rounds: int) -> list[dict[str, Any]]:
+    image = subjects.images(1)
+    rows = []
+    for name, mask in tqdm(subjects.masks().items(), desc="one image", unit="mask"):
+        calls: dict[str, Call] = {
+            "skipping": functools.partial(subjects.skipping, image, mask),
+            "static_controller": functools.partial(subjects.static_controller(mask), image),
+            "static": functools.partial(subjects.static(mask), image[0]),
+            "masked": functools.partial(subjects.masked, image, mask[None]),
+            **subjects.peers(mask, image),
+        }
+        _check_answers(name, calls)
+        rows += _rows(f"one_image_{name}", _time(calls, rounds=rounds), over="skipping")
+    return rows
+
+
+def _batches(subjects: Subjects, size: int, peer_size: int, rounds: int) -> list[dict[str, Any]]:
+    """A batch with a mask an image, one with all masks equal, and one that peers run as well."""
+    rng = np.random.default_rng(1)
+    images, predictor = subjects.images(size), subjects.batch_predictor()
+    shape = (size, *subjects.spec.mask_shape)
+    different = (rng.uniform(size=shape) < DENSITIES["medium"]).astype(np.float32)
+    mobilenetv2 = subjects.masks()["mobilenetv2"]
+    equal = np.broadcast_to(mobilenetv2, shape)
+    static = subjects.batch_predictor(Settled.architecture(mobilenetv2))
+    rows = []
+
+    def answer(masks: np.ndarray) -> np.ndarray:
+        predictor.decide(images)
+        return predictor.answer(images, masks)
+
+    cases: dict[str, dict[str, Call]] = {
+        f"batch_{size}_different_masks": {
+            "skipping": functools.partial(answer, different),
+            "masked": functools.partial(subjects.masked, images, different),
+        },
+        f"batch_{size}_equal_masks": {
+            "skipping": functools.partial(predictor.answer, images, equal),
+            "skipping_controller": functools.partial(answer, equal),
+            "static": functools.partial(static.answer, images, equal),
+            "masked": functools.partial(subjects.masked, images, equal),
+        },
+        f"batch_{peer_size}_mobilenetv2": {
+            "skipping": functools.partial(predictor.answer, images[:peer_size], equal[:peer_size]),
+            "static": functools.partial(static.answer, images[:peer_size], equal[:peer_size]),
+            **subjects.peers(mobilenetv2, images[:peer_size]),
+        },
+    }
+    for name, calls in tqdm(cases.items(), desc="batches", unit="case"):
+        _check_answers(name, calls)
+        rows += _rows(name, _time(calls, rounds=max(1, rounds // 5)), over="skipping")
+    return rows
+
+
+def _check_answers(case: str, calls: dict[str, Call]) -> None:
+    """All executions of a case give the same class logits, or their times mean nothing."""
+    expected = None
+    for name, call in calls.items():
+        answer = call()
+        class_logits = np.asarray(answer[0] if isinstance(answer, tuple) else answer)
+        expected = class_logits if expected is None else expected
+        error = np.linalg.norm(class_logits.reshape(expected.shape) - expected)
+        if not error < 1e-3 * np.linalg.norm(expected):
+            raise InputError(f"{case}: {name} answers otherwise than the first execution")
+
+
+def _resident_megabytes() -> float:
+    """Of this process, now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def _bare_jax_megabytes() -> float:
+    jax.block_until_ready(jax.numpy.zeros(1))
+    return _resident_megabytes()
+
+
+def _predictor_megabytes(spec: SupernetSpec) -> float:
+    """With a one-image predictor that has answered."""
+    subjects = Subjects(spec)
+    predict = inference.make_predictor(
+        spec, controller_variables=subjects.controller_variables, **subjects.common
+    )
+    jax.block_until_ready(predict(subjects.images(1)[0]))
+    return _resident_megabytes()
+
+
+def _memory(spec: SupernetSpec) -> list[dict[str, Any]]:
+    if not os.path.exists("/proc/self/statm"):
+        print("memory is read from /proc, which this system lacks")
+        return []
+    bare = environment.in_inference_process(_bare_jax_megabytes)
+    loaded = environment.in_inference_process(_predictor_megabytes, spec)
+    return [
+        reporting.measurement("bare_jax_resident", [bare], "MB"),
+        reporting.measurement("one_image_predictor_resident", [loaded], "MB"),
+        reporting.measurement("one_image_predictor_above_bare_jax", [loaded - bare], "MB"),
+    ]
+
+
+def _run() -> None:
+    if not flags.FLAGS.output:
+        raise InputError("--output is not set: name the JSON file for the measurements")
+    spec = flags_lib.read_section(ModelConfig).spec(num_classes=flags.FLAGS.num_classes)
+    size, peer_size = flags.FLAGS.batch_size, flags.FLAGS.peer_batch_size
+    if not 0 < peer_size <= size:
+        raise InputError(
+            f"--peer_batch_size={peer_size} is not within --batch_size={size}: choose 1 to {size}"
+        )
+    subjects, rounds = Subjects(spec), flags.FLAGS.rounds
+    rows = _memory(spec)
+    rows += _one_image(subjects, rounds)
+    rows += _batches(subjects, size, peer_size, rounds)
+    reporting.write_report(flags.FLAGS.output, benchmark="skip_speedup", results=rows)
+    for row in rows:
+        print(f"{row['name']}: {row['value']:.3f} {row['unit']}")
+
+
+def main() -> None:
+    _define_flags()
+    flags_lib.start(_run, inference=True)
+
+
+if __name__ == "__main__":
+    main()

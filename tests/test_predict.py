@@ -1,0 +1,344 @@
+"""Answers about images of one's own, from the folder of a finished run."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import dataset_summary, images, predict, trained_run
+from experiments.config import Config, FinetuneConfig, ModelConfig
+from experiments.workdir import Workdir, write_json
+from instanas_jax import (
+    augment,
+    checkpoint,
+    controller,
+    data,
+    environment,
+    latency,
+    policy,
+    supernet,
+    train_state,
+)
+from instanas_jax.errors import InputError
+from tests.networks import as_if_trained
+
+ROOT = Path(__file__).parent.parent
+DATASET = data.load("synthetic", validation_size=16, train_limit=64)
+TEST_IMAGES = DATASET.test.images
+CONFIG = Config(
+    "synthetic",
+    model=ModelConfig(preset="tiny"),
+    finetune=FinetuneConfig(epochs=0.5, batch_size=16),
+)
+FINAL_STEP = 2  # Half a pass over 64 images, 16 at a time.
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> Path:
+    """What a run leaves behind, with networks that were never trained.
+
+    A decides by the image; B is settled. (`tests/test_experiments.py` opens folders of real runs.)
+    """
+    path = tmp_path_factory.mktemp("predict") / "run"
+    workdir = Workdir(str(path), config=CONFIG.to_json(), flags_text="")
+    dataset_summary.keep(DATASET, workdir.dataset)
+    spec = CONFIG.model.spec(num_classes=DATASET.num_classes)
+    table = latency.LatencyTable(
+        backend="cpu",
+        device=environment.describe_device(),
+        versions={},
+        spec=spec.to_json(),
+        batch_size=1,
+        dtype="float32",
+        fixed_ms={"stem": 100.0, "head": 200.0, "controller": 400.0},
+        cells_ms=np.arange(1.0, 21.0).reshape(spec.mask_shape),
+        spread_ms=np.zeros(spec.mask_shape),
+        repeats=1,
+        in_network_ms=dict.fromkeys(latency.IN_NETWORK, 0.0),
+    )
+    latency.save(table, workdir.latency_table)
+    state = train_state.create(jax.random.key(0), spec)
+    state = state.replace(
+        supernet=as_if_trained(state.supernet), controller=as_if_trained(state.controller)
+    )
+    settled = policy.Settled.by_masks(
+        np.random.default_rng(1).uniform(size=(1, *spec.mask_shape)) < 0.4
+    )
+    controllers = {"A": state.controller, "B": controller.settle(state.controller, settled)}
+    for name, variables in controllers.items():
+        checkpoints = checkpoint.StageCheckpoints(workdir.checkpoints(f"finetune_{name}"))
+        final = jax.device_get(state.replace(controller=variables))
+        earlier = jax.tree.map(np.zeros_like, final)
+        for step, saved in ((1, earlier), (FINAL_STEP, final)):
+            checkpoints.save(step, {"state": saved, "seconds": np.zeros(())})
+        checkpoints.close()
+    rows = [{"name": name, "validation_accuracy": 0.5, "measured_ms": 1.0} for name in controllers]
+    write_json(workdir.results, {"variants": rows})
+    return path
+
+
+@pytest.fixture
+def copy(workdir, tmp_path) -> Path:
+    """A copy to damage."""
+    shutil.copytree(workdir, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index in range(3):
+        Image.fromarray(TEST_IMAGES[index]).save(folder / f"{index}.png")
+    return folder
+
+
+def execute(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "experiments.predict", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("variant", ["A", "B"])
+def test_answers_are_the_masked_supernets(workdir, variant):
+    """Class, confidence, mask and table time, computed with all paths of the whole state."""
+    opened = trained_run.open_run(str(workdir))
+    spec = opened.spec
+    fresh = jax.device_get(train_state.create(jax.random.key(1), spec))
+    state = checkpoint.StageCheckpoints(workdir / f"checkpoints/finetune_{variant}").restore(
+        FINAL_STEP, {"state": fresh, "seconds": np.zeros(())}
+    )["state"]
+    pixels = augment.normalise(TEST_IMAGES[:6], mean=DATASET.mean, std=DATASET.std)
+    policy_logits = controller.apply_eval(
+        spec, controller.fold(state.controller), pixels, lowering="native"
+    )
+    masks = np.asarray(policy.greedy(policy_logits))
+    class_logits = supernet.apply_eval(
+        spec, supernet.fold(state.supernet), pixels, masks, lowering="native"
+    )
+    ran = np.asarray(policy.resolve_empty_cells(masks, spec.forced_cells)[0])
+    probabilities = np.asarray(jax.nn.softmax(class_logits))
+    architectures = len(np.unique(ran, axis=0))
+    assert architectures > 1 if variant == "A" else architectures == 1
+
+    predictor = predict.Predictor(opened, variant, top=10)
+    for index in range(6):
+        answer = predictor(TEST_IMAGES[index])
+        by_name = dict(answer.classes)
+        assert list(by_name.values()) == sorted(by_name.values(), reverse=True)
+        np.testing.assert_allclose(
+            [by_name[name] for name in DATASET.class_names], probabilities[index], atol=1e-4
+        )
+        np.testing.assert_array_equal(answer.architecture, masks[index])
+        # Whole numbers of milliseconds: stem and head, the controller where it runs, and cells.
+        fixed_ms = 700.0 if variant == "A" else 300.0
+        cells_ms = (ran[index] * np.arange(1.0, 21.0).reshape(4, 5)).sum()
+        assert answer.table_ms == fixed_ms + cells_ms
+        assert answer.measured_ms > 0.0
+
+
+def test_good_images_are_answered_among_bad_ones(workdir, pictures):
+    """Through the real program, flags among the names."""
+    (pictures / "1a_letter.png").write_text("Dear Sir or Madam,")
+    whole = (pictures / "2.png").read_bytes()
+    (pictures / "1b_cut.png").write_bytes(whole[: len(whole) // 2])
+    absent = pictures.parent / "absent.jpg"
+    done = execute(
+        absent, pictures, "--json", f"--workdir={workdir}", "--top=2", pictures / "0.png"
+    )
+    assert done.returncode == 1
+    errors = done.stderr.splitlines()
+    assert [error.split(": ")[0] for error in errors] == ["error"] * 3, done.stderr
+    for error, name in zip(errors, ("absent.jpg", "1a_letter.png", "1b_cut.png"), strict=True):
+        assert name in error
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [Path(answer["image"]).name for answer in answers] == [
+        "0.png",
+        "1.png",
+        "2.png",
+        "0.png",
+    ]
+    for answer in answers:
+        assert [set(row) for row in answer["classes"]] == [{"name", "confidence"}] * 2
+        assert len(answer["architecture"]) == 4 and answer["measured_ms"] > 0.0
+        assert answer["variant"] in ("A", "B") and answer["table_ms"] > 0.0
+
+
+def test_text_names_class_cells_and_times(workdir, pictures):
+    done = execute(f"--workdir={workdir}", "--variant=B", pictures / "0.png")
+    assert done.returncode == 0 and done.stderr == ""
+    header, classes, cells, times = done.stdout.splitlines()
+    assert header == "variant B of synthetic"
+    assert classes.startswith(f"{pictures / '0.png'}: class_") and classes.count("%") == 3
+    assert cells.startswith("  0")
+    assert "table" in times and "measured" in times and times.endswith(" ms")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no image is named"),
+        (["a.png"], "--workdir is not set"),
+        (["a.png", "--workdir=/nowhere"], "holds no config.json"),
+        (["a.png", "--top=0"], "top"),
+        (["a.png", "--varaint=A"], "varaint"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(arguments, message):
+    done = execute(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_no_data_are_read(workdir, pictures, monkeypatch, capsys):
+    def forbidden(*arguments, **options):
+        raise AssertionError("the data set was opened")
+
+    monkeypatch.setattr("instanas_jax.data_sources.open_source", forbidden)
+    opened = trained_run.open_run(str(workdir))
+    predictor = predict.Predictor(opened, "A", top=1)
+    failures = predict.answer_all([str(pictures)], predictor, opened, variant="A", as_json=True)
+    assert failures == 0 and len(capsys.readouterr().out.splitlines()) == 3
+
+
+class TestChoice:
+    def rate(self, workdir: Path, **rows: tuple[float, float]) -> None:
+        """Writes a results.json with these validation accuracies and measured milliseconds."""
+        variants = [
+            {"name": name, "validation_accuracy": accuracy, "measured_ms": ms}
+            for name, (accuracy, ms) in rows.items()
+        ]
+        write_json(workdir / "results.json", {"variants": variants})
+
+    @pytest.mark.parametrize(
+        ("a", "b", "chosen"),
+        [
+            ((0.9, 1.0), (0.8, 0.5), "A"),
+            ((0.8, 0.5), (0.9, 1.0), "B"),
+            ((0.9, 1.0), (0.9, 0.5), "B"),
+            ((0.9, 0.5), (0.9, 1.0), "A"),
+        ],
+    )
+    def test_the_most_accurate_then_the_fastest(self, copy, a, b, chosen):
+        self.rate(copy, A=a, B=b)
+        opened = trained_run.open_run(str(copy))
+        assert trained_run.choose_variant(opened) == chosen
+        assert trained_run.choose_variant(opened, "A") == "A"
+
+    def test_without_results_the_last_that_is_finished(self, copy):
+        (copy / "results.json").unlink()
+        opened = trained_run.open_run(str(copy))
+        assert trained_run.choose_variant(opened) == "B"
+        shutil.rmtree(copy / f"checkpoints/finetune_B/{FINAL_STEP}")
+        assert trained_run.choose_variant(opened) == "A"
+        with pytest.raises(InputError, match="no finished variant B: choose --variant from A, or"):
+            trained_run.choose_variant(opened, "B")
+        shutil.rmtree(copy / "checkpoints/finetune_A")
+        with pytest.raises(InputError, match="no finished variant: repeat the command"):
+            trained_run.choose_variant(opened)
+        assert not (copy / "checkpoints/finetune_A").exists()
+
+    def test_an_unknown_name_is_refused_with_the_known_ones(self, workdir):
+        opened = trained_run.open_run(str(workdir))
+        with pytest.raises(InputError, match="no finished variant Z: choose --variant from A, B"):
+            trained_run.choose_variant(opened, "Z")
+
+    def test_damaged_results_name_the_remedy(self, copy):
+        (copy / "results.json").write_text("{")
+        with pytest.raises(InputError, match="choose a --variant"):
+            trained_run.choose_variant(trained_run.open_run(str(copy)))
+
+
+class TestDamage:
+    """Whatever is wrong with a run's folder is one line with a remedy."""
+
+    def test_a_run_from_before_there_was_a_summary(self, copy):
+        (copy / "dataset.json").unlink()
+        with pytest.raises(InputError, match="dataset.json does not exist.*repeat the command"):
+            trained_run.open_run(str(copy))
+
+    @pytest.mark.parametrize(
+        ("file", "field", "value", "message"),
+        [
+            ("dataset.json", "std", [0.2, 0.0, 0.2], "std is"),
+            ("dataset.json", "channels", 1, "1 channels"),
+            ("dataset.json", "class_names", None, "misstates a field"),
+            ("dataset.json", "image_size", 64, "64 pixels.*reads 32"),
+            ("dataset.json", "schema_version", 9, "schema_version is 9"),
+            ("config.json", "run", {"seeds": 3}, "does not fit this program.*seeds"),
+            ("config.json", "model", {"width": 9.0}, "--width=9.0"),
+            ("config.json", "model", {"width": "wide"}, "does not fit this program"),
+        ],
+    )
+    def test_a_field_that_makes_no_sense(self, copy, file, field, value, message):
+        values = json.loads((copy / file).read_text())
+        write_json(copy / file, values | {field: value})
+        with pytest.raises(InputError, match=message) as caught:
+            trained_run.open_run(str(copy))
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("file", ["dataset.json", "config.json", "latency_table.json"])
+    def test_a_file_that_is_no_json(self, copy, file):
+        (copy / file).write_text('{"name":')
+        with pytest.raises(InputError, match="is not JSON"):
+            trained_run.open_run(str(copy))
+
+    def test_a_damaged_checkpoint(self, copy):
+        for path in (copy / "checkpoints/finetune_A").rglob("*"):
+            if path.is_file():
+                path.write_bytes(b"")
+        with pytest.raises(InputError, match="checkpoint is damaged.*copy the run"):
+            trained_run.restore_networks(trained_run.open_run(str(copy)), "A")
+
+    @pytest.mark.parametrize(
+        "model", [{"preset": "tiny", "head_channels": 40}, {"preset": "px32", "width": 0.25}]
+    )
+    def test_checkpoints_of_other_networks(self, copy, model):
+        values = json.loads((copy / "config.json").read_text())
+        write_json(copy / "config.json", values | {"model": model})
+        table = json.loads((copy / "latency_table.json").read_text())
+        spec = Config.from_json(values | {"model": model}).model.spec(num_classes=10)
+        times = np.ones(spec.mask_shape).tolist()
+        table |= {"spec": spec.to_json(), "cells_ms": times, "spread_ms": times}
+        write_json(copy / "latency_table.json", table)
+        with pytest.raises(InputError, match="networks that config.json describes"):
+            trained_run.restore_networks(trained_run.open_run(str(copy)), "A")
+
+    def test_a_diverged_network(self, workdir, monkeypatch):
+        opened = trained_run.open_run(str(workdir))
+        networks = trained_run.restore_networks(opened, "A")
+        networks["supernet"]["params"]["classifier"]["bias"][:] = np.nan
+        monkeypatch.setattr(trained_run, "restore_networks", lambda *arguments: networks)
+        with pytest.raises(InputError, match="variant A gives nan.*choose another"):
+            predict.Predictor(opened, "A", top=1)(TEST_IMAGES[0])
+
+
+def test_the_configuration_survives_its_json():
+    assert Config.from_json(json.loads(json.dumps(CONFIG.to_json()))) == CONFIG
+
+
+def test_the_summary_is_written_once_and_whole(tmp_path):
+    path = tmp_path / "dataset.json"
+    dataset_summary.keep(DATASET, path)
+    summary = dataset_summary.load(path)
+    assert (summary.name, summary.class_names) == ("synthetic", DATASET.class_names)
+    assert (summary.mean, summary.std) == (DATASET.mean, DATASET.std)
+    assert (summary.image_size, summary.channels, summary.train_images) == (32, 3, 64)
+    path.write_text("kept")
+    dataset_summary.keep(DATASET, path)
+    assert path.read_text() == "kept"
+    assert [file.name for file in tmp_path.iterdir()] == ["dataset.json"]
+    with pytest.raises(InputError, match="cannot be written"):
+        dataset_summary.keep(DATASET, tmp_path / "none" / "dataset.json")
+
+
+def test_a_path_stays_on_one_line():
+    assert images.printable("a b/é.png") == "a b/é.png"
+    assert "\n" not in images.printable("a\nb.png")
+    images.printable("\udcff.png").encode()  # A name that is not UTF-8.
