@@ -2,10 +2,12 @@
 
 python -m benchmarks.skip_speedup --output=benchmarks/results/skip_speedup.json
 
-Every execution answers the same images under the same masks, in turn (A B A B). `skipping` holds
-the controller and decides anew for each image; `static_controller` is the subnet compiled for its
-mask, beside the controller; `static` the subnet alone, and so are the peers. `masked` computes
-every path. JAX runs each program on one thread, batches one program a thread.
+Every execution answers the same images under the same masks, in turn (A B A B), once on one thread
+and once on two. `skipping` holds the controller and decides anew for each image;
+`static_controller` is the subnet compiled for its mask, beside the controller; `static` the subnet
+alone, and so are the peers. `masked` computes every path. Batches are shared out among as many
+programs as there are threads. With --workdir a trained variant answers validation images as well,
+under the masks of its controller.
 """
 
 import functools
@@ -21,18 +23,23 @@ from tqdm import tqdm
 from benchmarks import reporting
 from benchmarks.subjects import DENSITIES, Call, Subjects
 from experiments import flags as flags_lib
+from experiments import trained_run
 from experiments.config import ModelConfig
-from instanas_jax import environment, inference
+from instanas_jax import environment
 from instanas_jax.errors import InputError
 from instanas_jax.policy import Settled
 from instanas_jax.search_space import SupernetSpec
 
 _TIMED_CALLS_IN_A_ROW = 5
+_THREADS = (1, 2)
+_TRAINED_ARCHITECTURES = 3  # The most frequent of a trained controller.
 
 
 def _define_flags() -> None:
     flags_lib.define_section(ModelConfig())
     flags.DEFINE_string("output", None, "JSON file to write. Required.")
+    flags.DEFINE_string("workdir", "", "A trained run to measure as well.")
+    flags.DEFINE_string("variant", "", "Of the run; empty: its most accurate.")
     flags.DEFINE_integer("num_classes", 100, "Classes of the classifier.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 256, "Images of the batch with one mask each.")
     flags.DEFINE_integer("peer_batch_size", 64, "Images of the batch that peers run as well.")
@@ -73,32 +80,33 @@ def _turns(values: list[float]) -> np.ndarray:
     return np.median(np.reshape(values, (-1, _TIMED_CALLS_IN_A_ROW)), axis=1)
 
 
-def _one_image(subjects: Subjects, rounds: int) -> list[dict[str, Any]]:
-    image = subjects.images(1)
-    rows = []
-    for name, mask in tqdm(subjects.masks().items(), desc="one image", unit="mask"):
-        calls: dict[str, Call] = {
-            "skipping": functools.partial(subjects.skipping, image, mask),
-            "static_controller": functools.partial(subjects.static_controller(mask), image),
-            "static": functools.partial(subjects.static(mask), image[0]),
-            "masked": functools.partial(subjects.masked, image, mask[None]),
-            **subjects.peers(mask, image),
-        }
-        _check_answers(name, calls)
-        rows += _rows(f"one_image_{name}", _time(calls, rounds=rounds), over="skipping")
-    return rows
+def _one_image(
+    case: str, subjects: Subjects, image: np.ndarray, mask: np.ndarray, rounds: int, threads: int
+) -> list[dict[str, Any]]:
+    """One image [1, H, W, 3] under a mask [L, O]."""
+    calls: dict[str, Call] = {
+        "skipping": functools.partial(subjects.skipping, image, mask),
+        "static_controller": functools.partial(subjects.static_controller(mask), image, mask),
+        "static": functools.partial(subjects.static(mask), image[0]),
+        "masked": functools.partial(subjects.masked, image, mask[None]),
+        **subjects.peers(mask, image, threads=threads),
+    }
+    _check_answers(case, calls)
+    return _rows(case, _time(calls, rounds=rounds), over="skipping")
 
 
-def _batches(subjects: Subjects, size: int, peer_size: int, rounds: int) -> list[dict[str, Any]]:
+def _batches(
+    subjects: Subjects, size: int, peer_size: int, rounds: int, threads: int
+) -> list[dict[str, Any]]:
     """A batch with a mask an image, one with all masks equal, and one that peers run as well."""
     rng = np.random.default_rng(1)
-    images, predictor = subjects.images(size), subjects.batch_predictor()
+    images, predictor = subjects.images[:size], subjects.batch_predictor(threads=threads)
     shape = (size, *subjects.spec.mask_shape)
     different = (rng.uniform(size=shape) < DENSITIES["medium"]).astype(np.float32)
     mobilenetv2 = subjects.masks()["mobilenetv2"]
     equal = np.broadcast_to(mobilenetv2, shape)
-    static = subjects.batch_predictor(Settled.architecture(mobilenetv2))
-    rows = []
+    static = subjects.batch_predictor(Settled.architecture(mobilenetv2), threads=threads)
+    few = slice(0, peer_size)
 
     def answer(masks: np.ndarray) -> np.ndarray:
         predictor.decide(images)
@@ -116,15 +124,55 @@ def _batches(subjects: Subjects, size: int, peer_size: int, rounds: int) -> list
             "masked": functools.partial(subjects.masked, images, equal),
         },
         f"batch_{peer_size}_mobilenetv2": {
-            "skipping": functools.partial(predictor.answer, images[:peer_size], equal[:peer_size]),
-            "static": functools.partial(static.answer, images[:peer_size], equal[:peer_size]),
-            **subjects.peers(mobilenetv2, images[:peer_size]),
+            "skipping": functools.partial(predictor.answer, images[few], equal[few]),
+            "static": functools.partial(static.answer, images[few], equal[few]),
+            **subjects.peers(mobilenetv2, images[few], threads=threads),
         },
     }
-    for name, calls in tqdm(cases.items(), desc="batches", unit="case"):
+    rows = []
+    for name, calls in tqdm(cases.items(), desc=f"batches, {threads} threads", unit="case"):
         _check_answers(name, calls)
         rows += _rows(name, _time(calls, rounds=max(1, rounds // 5)), over="skipping")
     return rows
+
+
+def _trained(subjects: Subjects, rounds: int, threads: int) -> list[dict[str, Any]]:
+    """A trained controller's most frequent architectures one image at a time, and all of its
+    decisions in one batch."""
+    predictor = subjects.batch_predictor(threads=threads)
+    masks = predictor.decide(subjects.images)
+    _, firsts, counts = np.unique(
+        masks.reshape(len(masks), -1), axis=0, return_index=True, return_counts=True
+    )
+    rows = []
+    for rank, place in enumerate(firsts[np.argsort(-counts)][:_TRAINED_ARCHITECTURES], start=1):
+        image = subjects.images[place : place + 1]
+        case = f"one_image_trained_{rank}"
+        rows += _one_image(case, subjects, image, masks[place], rounds, threads)
+    case = f"batch_{len(masks)}_trained"
+    calls: dict[str, Call] = {
+        "skipping": functools.partial(predictor, subjects.images),
+        "masked": functools.partial(subjects.masked, subjects.images, masks),
+    }
+    _check_answers(case, calls)
+    return rows + _rows(case, _time(calls, rounds=max(1, rounds // 5)), over="skipping")
+
+
+def _measure(
+    spec: SupernetSpec, sizes: tuple[int, int], rounds: int, trained: tuple[str, str], threads: int
+) -> list[dict[str, Any]]:
+    """All rows of one number of threads, which the process was set up for."""
+    size, peer_size = sizes
+    subjects, rows = Subjects.random(spec, size), []
+    masks = tqdm(subjects.masks().items(), desc=f"one image, {threads} threads", unit="mask")
+    for name, mask in masks:
+        case = f"one_image_{name}"
+        rows += _one_image(case, subjects, subjects.images[:1], mask, rounds, threads)
+    rows += _batches(subjects, size, peer_size, rounds, threads)
+    workdir, variant = trained
+    if workdir:
+        rows += _trained(Subjects.trained(workdir, variant, size), rounds, threads)
+    return [{**row, "name": f"{row['name']}_{threads}t"} for row in rows]
 
 
 def _check_answers(case: str, calls: dict[str, Call]) -> None:
@@ -151,12 +199,12 @@ def _bare_jax_megabytes() -> float:
 
 
 def _predictor_megabytes(spec: SupernetSpec) -> float:
-    """With a one-image predictor that has answered."""
-    subjects = Subjects(spec)
-    predict = inference.make_predictor(
-        spec, controller_variables=subjects.controller_variables, **subjects.common
-    )
-    jax.block_until_ready(predict(subjects.images(1)[0]))
+    """With a one-image predictor that has answered, and nothing else."""
+    subjects = Subjects.random(spec, 1)
+    predict, image = subjects.predictor, subjects.images[0]
+    del subjects
+    environment.release_memory()
+    jax.block_until_ready(predict(image))
     return _resident_megabytes()
 
 
@@ -164,8 +212,8 @@ def _memory(spec: SupernetSpec) -> list[dict[str, Any]]:
     if not os.path.exists("/proc/self/statm"):
         print("memory is read from /proc, which this system lacks")
         return []
-    bare = environment.in_inference_process(_bare_jax_megabytes)
-    loaded = environment.in_inference_process(_predictor_megabytes, spec)
+    bare = environment.in_inference_process(_bare_jax_megabytes, threads=1)
+    loaded = environment.in_inference_process(_predictor_megabytes, spec, threads=1)
     return [
         reporting.measurement("bare_jax_resident", [bare], "MB"),
         reporting.measurement("one_image_predictor_resident", [loaded], "MB"),
@@ -174,26 +222,31 @@ def _memory(spec: SupernetSpec) -> list[dict[str, Any]]:
 
 
 def _run() -> None:
-    if not flags.FLAGS.output:
+    values = flags.FLAGS
+    if not values.output:
         raise InputError("--output is not set: name the JSON file for the measurements")
-    spec = flags_lib.read_section(ModelConfig).spec(num_classes=flags.FLAGS.num_classes)
-    size, peer_size = flags.FLAGS.batch_size, flags.FLAGS.peer_batch_size
+    spec = flags_lib.read_section(ModelConfig).spec(num_classes=values.num_classes)
+    size, peer_size = values.batch_size, values.peer_batch_size
     if not 0 < peer_size <= size:
         raise InputError(
             f"--peer_batch_size={peer_size} is not within --batch_size={size}: choose 1 to {size}"
         )
-    subjects, rounds = Subjects(spec), flags.FLAGS.rounds
+    if values.workdir:
+        trained_run.choose_variant(trained_run.open_run(values.workdir), values.variant)
+    trained = (values.workdir, values.variant)
     rows = _memory(spec)
-    rows += _one_image(subjects, rounds)
-    rows += _batches(subjects, size, peer_size, rounds)
-    reporting.write_report(flags.FLAGS.output, benchmark="skip_speedup", results=rows)
+    for threads in _THREADS:
+        rows += environment.in_inference_process(
+            _measure, spec, (size, peer_size), values.rounds, trained, threads, threads=threads
+        )
+    reporting.write_report(values.output, benchmark="skip_speedup", results=rows)
     for row in rows:
         print(f"{row['name']}: {row['value']:.3f} {row['unit']}")
 
 
 def main() -> None:
     _define_flags()
-    flags_lib.start(_run, inference=True)
+    flags_lib.start(_run)
 
 
 if __name__ == "__main__":

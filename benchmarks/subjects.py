@@ -113,9 +113,9 @@ class Subjects:
         """Of one image and a mask [L, O] from outside; the controller runs all the same."""
         return self._with_controller(self.settled)
 
-    def static_controller(self, architecture: np.ndarray) -> Callable[[np.ndarray], Any]:
-        run = self._with_controller(Settled.architecture(architecture))
-        return lambda images: run(images, architecture)
+    def static_controller(self, architecture: np.ndarray) -> Callable[[np.ndarray, Any], Any]:
+        """Compiled for one architecture; the controller runs all the same."""
+        return self._with_controller(Settled.architecture(architecture))
 
     def _with_controller(self, settled: Settled) -> Callable[[np.ndarray, np.ndarray], Any]:
         network = self._deploy(settled=settled)
@@ -142,11 +142,11 @@ class Subjects:
         state = {name: value for name, value in self.state.items() if "controller" not in name}
         return inference.make_static_predictor(self.spec, architecture=architecture, **state)
 
-    def batch_predictor(self, settled: Settled | None = None) -> batching.BatchPredictor:
-        """Of this controller, or of one that gives every image what is settled."""
-        if settled is None:
-            return batching.BatchPredictor(self._deploy())
-        return batching.BatchPredictor(self._deploy(settled))
+    def batch_predictor(
+        self, settled: Settled | None = None, *, threads: int
+    ) -> batching.BatchPredictor:
+        """Of this controller, or with other decisions settled."""
+        return batching.BatchPredictor(self._deploy(settled), threads=threads)
 
     def peers(
         self, architecture: np.ndarray, images: np.ndarray, *, threads: int

@@ -1,10 +1,11 @@
 """Measures a latency table: every path, stem, head and controller as compiled kernels.
 
 Each row is the lower decile over interleaved rounds of one jitted call at batch 1, waiting for the
-result inside the timing, compilation outside. (Shared machines change their clock by 1.4 within
-milliseconds: of 50 runs of a network the median repeated to 2.9 %, the lower decile to 1.4.) A call costs the host some microseconds that the
-whole network pays once, not once a cell, so the time of a call that computes nothing, with the
-same number of arguments, is measured in the same rounds and subtracted.
+result inside the timing, compilation outside. (A shared machine changes its speed by 1.4 within
+milliseconds: of 50 runs of a network the median repeated to 2.9 %, the lower decile to 1.4.) A call
+costs the host some microseconds that the whole network pays once, not once a cell, so the time of a
+call that computes nothing, with the same number of arguments, is measured in the same rounds and
+subtracted.
 
 In a network a path costs more than its kernels alone: its switch, weights that have left the
 nearest cache, the sum with other paths of its cell. The same rounds time the skipping execution
