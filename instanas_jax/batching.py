@@ -2,13 +2,13 @@
 
 Images whose masks agree share every switch, so they run as chunks of `CHUNK` through one program;
 images left over run alone through another. Two shapes are compiled, whatever the size of the batch
-and the mixture of masks, and the chunks are shared out among threads, one program on each.
+and the mixture of masks, and the chunks are shared out among threads, one call on each.
 
-Chosen by measurement (MobileNetV2 at width 1, 32 pixels, two cores, `benchmarks/skip_speedup`): a
-chunk of 8 takes 1.0 ms an image on one thread, its layers still in the nearest caches; 16 and 64
-take 1.1 and 1.3, one image alone 1.5. Grouping images path by path within each cell, whatever else
-their masks hold, could at best win that third back for images with masks of their own, and pays
-for it by gathering and scattering every cell's input and output.
+Chosen by measurement (MobileNetV2 at width 1, 32 pixels, one thread): an image takes 3.3 ms alone,
+3.0 in a chunk of 4, 3.1 in one of 8 and 3.4 in one of 16, whose layers leave the nearest caches.
+Grouping images path by path within each cell, whatever else their masks hold, could at best win
+that tenth back for images with masks of their own, and pays for it by gathering and scattering
+every cell's input and output.
 """
 
 import concurrent.futures

@@ -2,11 +2,12 @@
 
 XLA's CPU backend runs a grouped convolution 5 to 30 times slower than the same sum of shifted
 multiply-adds, a 1x1 convolution slower than a matrix product, and an ordinary convolution of a
-2x2 map 5 to 9 times slower than the product of its windows; accelerators have fast native
-kernels for all three. Hence two lowerings, chosen by `default_lowering` or by the caller:
+2x2 map 5 to 9 times, of an image 2 times, slower than the product of its windows; accelerators
+have fast native kernels for all three. Hence two lowerings, chosen by `default_lowering` or by the
+caller:
 
   shifted   depthwise as k*k shifted multiply-adds, pointwise as a matrix product, dense as a
-            matrix product where the map is small (CPU)
+            matrix product where the map is small or the channels are few (CPU)
   native    `lax.conv_general_dilated` for all (accelerators, and the reference in tests)
 
 Images are [B, H, W, C]. Padding is k // 2 on every side. Only first derivatives in reverse mode

@@ -154,9 +154,13 @@ def test_dense_by_hand():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_dense_as_a_product_of_windows_equals_the_native_one(stride):
-    x = random_array(3, 2 * stride, 2 * stride, 32, seed=0)
-    kernel = random_array(3, 3, 32, 40, seed=1)
+@pytest.mark.parametrize(
+    ("size", "channels", "kernel_size"),
+    [(2, 32, 3), (9, 3, 3), (8, 3, 7)],  # A small map; images, odd and even.
+)
+def test_dense_as_a_product_of_windows_equals_the_native_one(size, channels, kernel_size, stride):
+    x = random_array(3, size * stride, size * stride, channels, seed=0)
+    kernel = random_array(kernel_size, kernel_size, channels, 40, seed=1)
     shifted = functools.partial(convolution.dense, stride=stride, lowering="shifted")
     text = jax.jit(shifted).lower(x, kernel).as_text()
     assert "stablehlo.convolution" not in text  # Or the comparison would be of one with itself.

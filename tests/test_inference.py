@@ -12,6 +12,7 @@ from instanas_jax import (
     augment,
     controller,
     cost,
+    environment,
     inference,
     latency,
     policy,
@@ -221,6 +222,23 @@ class TestPredictors:
             SPEC, FOLDED, self.normalised()[:1], architecture[None], lowering="native"
         )
         assert relative_error(predict(self.images()[0])[0], expected[0]) < 1e-4
+
+    def test_a_predictor_outlives_what_compiling_left_behind(self):
+        predict = self.predictor(self.controller_that_tells_images_apart())
+        image = self.images()[0]
+        before, _ = predict(image)
+        environment.release_memory()
+        compilations = []
+        jax.monitoring.register_event_duration_secs_listener(
+            lambda event, *arguments, **options: (
+                compilations.append(event) if event.endswith("backend_compile_duration") else None
+            )
+        )
+        after, _ = predict(image)
+        assert not compilations
+        np.testing.assert_array_equal(after, before)
+        jax.jit(lambda x: x + 1)(jnp.zeros(3))  # The listener would have seen one.
+        assert compilations
 
     def test_timing_takes_turns_and_gives_a_time_an_image(self):
         calls = []
