@@ -17,7 +17,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from benchmarks import reporting
-from benchmarks.subjects import Subjects
+from benchmarks.subjects import Call, Subjects
 from experiments import flags as flags_lib
 from experiments.config import ModelConfig
 from instanas_jax import environment, latency, profiling
@@ -47,29 +47,27 @@ def _run() -> None:
         raise InputError("--output is not set: name the JSON file for the measurements")
     environment.configure_cpu(inference_threads=values.threads)
     spec = flags_lib.read_section(ModelConfig).spec(num_classes=values.num_classes)
-    calls: list[profiling.Call] = []
-    images, chosen = np.zeros(0), np.zeros(0)
-    subjects = None
+    calls: list[Call] = []
+    subjects, chosen = None, np.zeros(0)
     if values.workdir:
         subjects = Subjects.trained(values.workdir, values.variant, _VALIDATION_IMAGES)
         spec = subjects.spec
         images, chosen = _images_of_many_architectures(subjects, values.images)
         calls += [functools.partial(subjects.predictor, image) for image in images]
     masks = profiling.random_masks(spec, values.architectures, densities=_DENSITIES, seed=_SEED)
-    calls += profiling.networks(spec, masks)
     with tqdm(total=values.rounds, desc="networks", unit="round", dynamic_ncols=True) as bar:
         table, measured_ms = profiling.measure_beside(
-            spec, calls, rounds=values.rounds, on_round=bar.update
+            spec, masks, calls, rounds=values.rounds, on_round=bar.update
         )
 
     def predict(masks: np.ndarray, settled: Settled) -> np.ndarray:
         return latency.image_ms(table, masks, spec.forced_cells, settled)
 
     undecided = Settled.nothing(spec.mask_shape)
-    rows = _rows("random_architectures", predict(masks, undecided), measured_ms[len(images) :])
+    rows = _rows("random_architectures", predict(masks, undecided), measured_ms[: len(masks)])
     if subjects is not None:
         predicted_ms = predict(chosen, subjects.settled)
-        rows += _rows("trained_controller", predicted_ms, measured_ms[: len(images)])
+        rows += _rows("trained_controller", predicted_ms, measured_ms[len(masks) :])
     rows += [
         reporting.measurement(f"in_network_{name}", [value], "ms")
         for name, value in table.in_network_ms.items()

@@ -287,11 +287,13 @@ def test_what_networks_cost_beyond_their_kernels_is_found_again():
 
 
 def test_other_networks_are_timed_beside_the_table():
-    networks = profiling.networks(
-        SPEC, np.stack([np.ones(SPEC.mask_shape), np.zeros(SPEC.mask_shape)])
+    masks = np.stack([np.ones(SPEC.mask_shape), np.zeros(SPEC.mask_shape)])
+    called = []
+    table, times_ms = profiling.measure_beside(
+        SPEC, masks.astype(np.float32), [lambda: called.append(1)], rounds=2
     )
-    table, times_ms = profiling.measure_beside(SPEC, networks, rounds=2)
-    assert times_ms.shape == (2,) and (times_ms > 0).all()
+    assert times_ms.shape == (3,) and (times_ms > 0).all()
+    assert len(called) == 2 * 2  # Once untimed and once timed in each round.
     assert set(table.in_network_ms) == set(latency.IN_NETWORK)
 
 
