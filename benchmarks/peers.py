@@ -106,8 +106,8 @@ def torch_eager(net: Subnet, *, threads: int) -> Run:
     """PyTorch eager, channels-last. Threads are a setting of the process: the last call's."""
     if not importlib.util.find_spec("torch"):
         raise Missing("torch is not installed: pip install -r requirements-peers.txt")
-    import torch
-    from torch.nn import functional
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
     def module(conv: Conv) -> tuple[Any, Any, Conv]:
         kernel = torch.from_numpy(conv.kernel).to(memory_format=torch.channels_last)
@@ -151,7 +151,7 @@ def torch_eager(net: Subnet, *, threads: int) -> Run:
 
 def onnx_model(net: Subnet, *, image_size: int) -> bytes:
     """The subnet as a serialised ONNX graph from `images` [B, 3, H, W] to `class_logits`."""
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import TensorProto, helper, numpy_helper  # pyright: ignore[reportMissingImports]
 
     nodes: list[Any] = []
     initialisers: list[Any] = []
@@ -225,7 +225,7 @@ def onnx_runtime(net: Subnet, *, image_size: int, threads: int) -> Run:
     for package in ("onnx", "onnxruntime"):
         if not importlib.util.find_spec(package):
             raise Missing(f"{package} is not installed: pip install -r requirements-peers.txt")
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports]
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

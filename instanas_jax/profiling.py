@@ -111,9 +111,9 @@ def measure_beside(
     masks = random_masks(spec, _NETWORKS, densities=_DENSITIES, seed=seed)
     # One program for all masks: where its weights happen to lie in memory is worth 3 %.
     network = _whole_network(spec, lowering, jax.random.key(seed))
-    whole: list[Callable[[], Any]] = list(calls)
-    whole[:0] = [
-        functools.partial(network, mask) for mask in jnp.asarray(np.stack([*masks, *others]))
+    whole: list[Callable[[], Any]] = [
+        *(functools.partial(network, jnp.asarray(mask)) for mask in (*masks, *others)),
+        *calls,
     ]
     environment.run_together(
         [program.seconds for program in (*distinct.values(), *empty_calls.values())]
