@@ -39,7 +39,7 @@ def configure_cpu(*, inference_threads: int | None = None) -> None:
 
     Does nothing where JAX has an accelerator's plugin, whose compiler reads the same flags.
 
-    A program runs on the thread that calls it: waking another costs 20 to 40 us, which is much of
+    A call is dispatched on its own thread: waking another costs 20 to 40 us, which is much of
     a small network's time and as much as a small cell takes.
     LLVM at level 1 compiles the supernet's update a fifth faster into code that is as fast: the
     loops that matter are XLA's own. Vectors of 512 bits, where the processor has them, take 3 to
@@ -101,8 +101,8 @@ def _keep_freed_memory() -> None:
 def release_memory() -> None:
     """Gives the system back what tracing and compiling left behind, once predictors are made.
 
-    Jitted functions compile again when next called. MobileNetV2's supernet at width 1: of 1,000 MB
-    resident beyond those of JAX itself, 200 remain.
+    Jitted functions compile again when next called. Supernet at width 1: of 1,100 MB resident beyond
+    those of JAX itself, 300 remain.
     """
     jax.clear_caches()
     gc.collect()
