@@ -101,8 +101,8 @@ def _keep_freed_memory() -> None:
 def release_memory() -> None:
     """Gives the system back what tracing and compiling left behind, once predictors are made.
 
-    Jitted functions compile again when next called. Supernet at width 1: of 1,100 MB resident beyond
-    those of JAX itself, 300 remain.
+    Jitted functions compile again when next called. Supernet at width 1: of 1,100 MB resident
+    beyond those of JAX itself, 300 remain.
     """
     jax.clear_caches()
     gc.collect()
