@@ -27,6 +27,7 @@ from instanas_jax import (
     controller,
     convolution,
     latency,
+    layers,
     policy_gradient,
     rewards,
     supernet,
@@ -152,7 +153,7 @@ def check_supernet_train(reference: Reference) -> Iterator[Case]:
     labels = jnp.asarray(reference.array("c100_labels"), jnp.int32)
 
     def loss_of(params, batch_stats, images, mask):
-        class_logits, new_stats = supernet.apply_train(
+        class_logits, moments = supernet.apply_train(
             spec,
             {"params": params, "batch_stats": batch_stats},
             images,
@@ -160,7 +161,7 @@ def check_supernet_train(reference: Reference) -> Iterator[Case]:
             lowering=convolution.default_lowering(),
         )
         losses = optax.softmax_cross_entropy_with_integer_labels(class_logits, labels)
-        return jnp.mean(losses), (class_logits, new_stats)
+        return jnp.mean(losses), (class_logits, layers.move(batch_stats, moments))
 
     (loss, (class_logits, new_stats)), gradients = jax.jit(
         jax.value_and_grad(loss_of, has_aux=True)

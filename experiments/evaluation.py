@@ -15,6 +15,7 @@ from instanas_jax import (
     cost,
     data,
     latency,
+    packing,
     parallel,
     policy,
     search_space,
@@ -52,11 +53,11 @@ class Evaluator:
         self._answer = parallel.compile_map(self._answer_batch)
         self._decide = parallel.compile_map(self._decide_batch)
 
-    def _decide_batch(self, variables: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
+    def _decide_batch(self, weights: packing.Packed, batch: dict[str, jax.Array]) -> jax.Array:
         setting = self._setting
         images = augment.normalise(batch["image"], mean=setting.mean, std=setting.std)
         policy_logits = controller.apply_eval(
-            setting.spec, controller.fold(variables), images, lowering=setting.lowering
+            setting.spec, weights.arrays(), images, lowering=setting.lowering
         )
         return policy.greedy(policy_logits).astype(bool)
 
@@ -65,12 +66,12 @@ class Evaluator:
         spec = setting.spec
         images = augment.normalise(batch["image"], mean=setting.mean, std=setting.std)
         policy_logits = controller.apply_eval(
-            spec, controller.fold(inputs["controller"]), images, lowering=setting.lowering
+            spec, inputs["controller"].arrays(), images, lowering=setting.lowering
         )
         static = jnp.broadcast_to(inputs["architecture"], policy_logits.shape)
         mask = jnp.where(inputs["is_static"], static, policy.greedy(policy_logits))
         class_logits = supernet.apply_eval(
-            spec, supernet.fold(inputs["supernet"]), images, mask, lowering=setting.lowering
+            spec, inputs["supernet"].arrays(), images, mask, lowering=setting.lowering
         )
         labels = batch["label"]
         return {
@@ -86,8 +87,8 @@ class Evaluator:
         """Answers of a host state under its greedy masks, or under one architecture [L, O]."""
         spec = self._setting.spec
         inputs = {
-            "supernet": state.supernet,
-            "controller": state.controller,
+            "supernet": packing.ravel(supernet.fold(state.supernet)),
+            "controller": packing.ravel(controller.fold(state.controller)),
             "architecture": np.zeros(spec.mask_shape) if architecture is None else architecture,
             "is_static": np.asarray(architecture is not None),
         }
@@ -95,7 +96,7 @@ class Evaluator:
 
     def decisions(self, state: TrainState, images: data.ImageSet) -> np.ndarray:
         """Greedy masks of a host state, before the empty-cell rule; bool [N, L, O]."""
-        return self._over(images, self._decide, state.controller)
+        return self._over(images, self._decide, packing.ravel(controller.fold(state.controller)))
 
     def _over(self, images: data.ImageSet, program: Callable[..., Any], inputs: Any) -> Any:
         """A program's answers about every image, in order, on the host."""

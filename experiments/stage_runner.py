@@ -51,7 +51,7 @@ def run_stage(
     kept = (
         checkpoint.StageCheckpoints(kept_directory(checkpoints), keep=None) if keep_steps else None
     )
-    fresh = {"state": jax.device_get(train_state.restart(state)), "seconds": np.zeros(())}
+    fresh = _saved(train_state.ravel(train_state.restart(jax.device_get(state))), 0.0)
     done, saved = rolling.restore_latest(fresh) or (0, fresh)
     writer.truncate_after(done if done else -1, stage.name)
     # Resuming must start from the same bits as going on: the host copy of the state.
@@ -82,18 +82,23 @@ def run_stage(
             is_kept = done in keep_steps
             if done % eval_steps == 0 or done == total_steps or is_kept:
                 host_state = parallel.unreplicate(device_state)
-                validation = validate(host_state, done)
+                validation = validate(train_state.unravel(host_state), done)
                 writer.write(done, validation, stage.name)
                 tqdm.write(f"{stage.name} {done}/{total_steps}: {_postfix(validation)}")
                 elapsed = seconds + time.perf_counter() - started
-                saved = {"state": host_state, "seconds": np.asarray(elapsed)}
+                saved = _saved(host_state, elapsed)
                 if is_kept and kept is not None:
                     kept.save(done, saved)
                 rolling.save(done, saved)
     for manager in (rolling, kept):
         if manager is not None:
             manager.close()
-    return saved["state"], float(saved["seconds"])
+    return train_state.unravel(saved["state"]), float(saved["seconds"])
+
+
+def _saved(state: TrainState, seconds: float) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    return {"state": state, "seconds": np.asarray(seconds)}
 
 
 def kept_directory(checkpoints: Path) -> Path:
@@ -104,9 +109,9 @@ def kept_directory(checkpoints: Path) -> Path:
 def restore_kept(checkpoints: Path, step: int, like: TrainState) -> TrainState:
     """The state that the stage kept after `step` updates, on the host."""
     manager = checkpoint.StageCheckpoints(kept_directory(checkpoints), keep=None)
-    abstract = {"state": like, "seconds": np.zeros(())}
     try:
-        return manager.restore(step, abstract)["state"]
+        saved = manager.restore(step, _saved(train_state.ravel(like), 0.0))
+        return train_state.unravel(saved["state"])
     finally:
         manager.close()
 

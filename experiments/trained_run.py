@@ -74,7 +74,8 @@ def restore_networks(run: TrainedRun, variant: str) -> dict[str, Any]:
     Raises:
       InputError: its last checkpoint is damaged, or of other networks.
     """
-    like = {"state": train_state.shapes(run.spec), "seconds": jax.ShapeDtypeStruct((), np.float64)}
+    raveled = jax.eval_shape(train_state.ravel, train_state.shapes(run.spec))
+    like = {"state": raveled, "seconds": jax.ShapeDtypeStruct((), np.float64)}
     checkpoints = _checkpoints(run, variant)
     try:
         state = checkpoints.restore(_final_step(run), like)["state"]
@@ -84,6 +85,7 @@ def restore_networks(run: TrainedRun, variant: str) -> dict[str, Any]:
         checkpoints.close()
     if jax.tree.map(np.shape, state) != jax.tree.map(np.shape, like["state"]):
         raise _not_restored(run, variant, "its last checkpoint is of others")
+    state = train_state.unravel(state)
     return {"supernet": state.supernet, "controller": state.controller}
 
 

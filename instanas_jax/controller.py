@@ -139,9 +139,8 @@ def init(key: jax.Array, spec: SupernetSpec, *, start: np.ndarray | None = None)
     variables = layers.initialise(key, shapes(spec), linear_gain=_INITIAL_LOGIT_GAIN)
     if start is not None:
         sure = np.clip(start, 0.01, 0.99)  # A probability of 0 or 1 has no logit.
-        variables["params"]["logits"]["bias"] = jnp.asarray(
-            np.log(sure / (1.0 - sure)).ravel(), jnp.float32
-        )
+        bias = np.log(sure / (1.0 - sure)).ravel()
+        variables["params"]["logits"]["bias"] = bias.astype(np.float32)
     return variables
 
 
@@ -180,7 +179,7 @@ def apply_train(
     """Training mode, with batch statistics of the global batch.
 
     Returns:
-      policy_logits [B, L, O] float32, and the new batch statistics.
+      policy_logits [B, L, O] float32, and what running statistics move towards: the batch's.
     """
     chex.assert_shape(images, (None, spec.image_size, spec.image_size, 3))
     module = _Controller(spec, lowering=lowering, axis_name=axis_name)

@@ -5,6 +5,7 @@ the batch norm is an affine map of the convolution's output, so it is folded int
 once; the supernet, the skipping execution and the latency table all run the same folded form.
 """
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -53,7 +54,8 @@ def _convolve(
 class ConvBatchNorm(nn.Module):
     """Convolution without bias, batch norm over the global batch, activation; training mode.
 
-    The running variance is the unbiased one and moves by `MOMENTUM`, as in PyTorch.
+    The running variance is the unbiased one, as in PyTorch. Statistics are left as what they move
+    towards; `move` takes all of a network together.
 
     Attributes:
       kind: `dense`, `pointwise` (1x1) or `depthwise`.
@@ -95,13 +97,10 @@ class ConvBatchNorm(nn.Module):
 
         kernel = keep(kernel, self.kept)
         y = _convolve(x, kernel, kind=self.kind, stride=self.stride, lowering=self.lowering)
-        mean, var, count = _batch_moments(y, self.axis_name)
-        unbiased = var * (count / max(count - 1, 1))
-        running_mean.value = _move(running_mean.value, mean, self.kept)
-        running_var.value = _move(running_var.value, unbiased, self.kept)
-        gain = scale * lax.rsqrt(var + EPSILON)
-        normalised = y * gain.astype(y.dtype) + (bias - mean * gain).astype(y.dtype)
-        return activate(normalised, self.activation)
+        normalised, mean, var = _batch_norm(y, scale, bias, self.activation, self.axis_name)
+        running_mean.value = _towards(mean, running_mean.value, self.kept)
+        running_var.value = _towards(var, running_var.value, self.kept)
+        return normalised
 
 
 def keep(array: jax.Array, kept: Kept) -> jax.Array:
@@ -111,24 +110,28 @@ def keep(array: jax.Array, kept: Kept) -> jax.Array:
     return jnp.concatenate([array[..., start:stop] for start, stop in kept], axis=-1)
 
 
-def _move(running: jax.Array, batch: jax.Array, kept: Kept) -> jax.Array:
-    """Running statistics [C] moved towards the batch's, where channels are kept."""
+def _towards(moments: jax.Array, running: jax.Array, kept: Kept) -> jax.Array:
+    """What running statistics [C] move towards: themselves, where a channel is not kept."""
     if kept is None:
-        return running + MOMENTUM * (batch - running)
-    offset = 0
+        return moments
+    pieces, at, offset = [], 0, 0
     for start, stop in kept:
-        part = batch[offset : offset + stop - start]
-        running = running.at[start:stop].add(MOMENTUM * (part - running[start:stop]))
-        offset += stop - start
-    return running
+        pieces += [running[at:start], moments[offset : offset + stop - start]]
+        at, offset = stop, offset + stop - start
+    return jnp.concatenate([*pieces, running[at:]])
+
+
+def move(running: Any, moments: Any) -> Any:
+    """Running statistics, one step of `MOMENTUM` towards those that training mode returned."""
+    return jax.tree.map(lambda old, new: old + MOMENTUM * (new - old), running, moments)
 
 
 def initialise(key: jax.Array, shapes: Any, *, linear_gain: float = 1.0) -> Any:
-    """Values for a network's abstract {"params", "batch_stats"}.
+    """Values, on the host, for a network's abstract {"params", "batch_stats"}.
 
     Convolutions are He normal by fan-in, linear layers normal with deviation
     linear_gain / sqrt(fan-in), scales and variances one, the rest zero. All kernels are cut from
-    one draw: a random program for each tensor would take longer to compile than to train a step.
+    one draw: a program for each tensor would take longer to compile than to train a step.
     """
     flat = jax.tree_util.tree_flatten_with_path(shapes)[0]
     kernels = [leaf for path, leaf in flat if path[-1].key == "kernel"]
@@ -147,30 +150,93 @@ def initialise(key: jax.Array, shapes: Any, *, linear_gain: float = 1.0) -> Any:
                 fan_in = int(np.prod(child.shape[:-1]))
                 gain = np.sqrt(2.0) if "scale" in node else linear_gain
                 values = draw[offset : offset + child.size].reshape(child.shape)
-                filled[name] = jnp.asarray(values * np.float32(gain / np.sqrt(fan_in)))
+                filled[name] = values * np.float32(gain / np.sqrt(fan_in))
                 offset += child.size
             else:
                 value = 1.0 if name in ("scale", "var") else 0.0
-                filled[name] = jnp.full(child.shape, value, child.dtype)
+                filled[name] = np.full(child.shape, value, child.dtype)
         return filled
 
     return fill(shapes)
 
 
-def _batch_moments(y: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array, int]:
-    """Mean [C], biased variance [C] and count of the values behind each, in float32."""
-    y = y.astype(jnp.float32)
-    count = y.shape[0] * y.shape[1] * y.shape[2]
-    mean = jnp.mean(y, axis=(0, 1, 2))
-    mean_square = jnp.mean(y * y, axis=(0, 1, 2))
-    if axis_name is not None:
-        mean, mean_square = lax.pmean((mean, mean_square), axis_name)
-        count *= lax.axis_size(axis_name)
-    return mean, jnp.maximum(mean_square - mean * mean, 0.0), count
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _batch_norm(
+    y: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    activation: Activation,
+    axis_name: str | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Batch norm over the global batch, and the activation after it.
+
+    Its gradient is written out: two sums over positions and one loop, where differentiating the
+    moments leaves four loops to compile and to run. Sums are float32. No gradient flows through
+    the moments that are returned.
+
+    Args:
+      y: [B, H, W, C].
+      scale, bias: [C].
+
+    Returns:
+      [B, H, W, C], and the batch's mean and unbiased variance, [C] float32.
+    """
+    return _batch_norm_forward(y, scale, bias, activation, axis_name)[0]
+
+
+def _sums(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, axis=(0, 1, 2))
+
+
+def _over_devices(sums: Any, axis_name: str | None) -> Any:
+    return sums if axis_name is None else lax.psum(sums, axis_name)
+
+
+def _together(rows: list[jax.Array]) -> jax.Array:
+    """[rows, C] by one small loop, rather than by one a row."""
+    return lax.optimization_barrier(jnp.stack(rows))
+
+
+def _batch_norm_forward(y, scale, bias, activation, axis_name):
+    exact = y.astype(jnp.float32)
+    sums, square_sums = _over_devices((_sums(exact), _sums(exact * exact)), axis_name)
+    count = y.size // y.shape[-1] * (1 if axis_name is None else lax.axis_size(axis_name))
+    mean = sums / count
+    var = jnp.maximum(square_sums / count - mean * mean, 0.0)
+    inverse = lax.rsqrt(var + EPSILON)
+    gain = scale * inverse
+    rows = _together([mean, var * (count / max(count - 1, 1)), inverse, gain, bias - mean * gain])
+    mean, unbiased, _, gain, shift = rows
+    normalised = y * gain.astype(y.dtype) + shift.astype(y.dtype)
+    return (activate(normalised, activation), mean, unbiased), (y, rows, count)
+
+
+def _batch_norm_backward(activation, axis_name, residuals, gradients):
+    y, rows, count = residuals
+    mean, _, inverse, gain, shift = rows
+    gradient = gradients[0]
+    if activation != "none":
+        normalised = y * gain.astype(y.dtype) + shift.astype(y.dtype)
+        passes = normalised > 0.0
+        if activation == "relu6":
+            passes &= normalised < 6.0
+        gradient = jnp.where(passes, gradient, 0.0)
+    exact, centred = gradient.astype(jnp.float32), y.astype(jnp.float32) - mean
+    of_bias, of_scale = _sums(exact), _sums(exact * centred)
+    # Each device's loss reaches every device's y through the moments.
+    whole_bias, whole_scale = _over_devices((of_bias, of_scale), axis_name)
+    offset, slope = _together([whole_bias / count, inverse * inverse * whole_scale / count])
+    y_gradient = gain * (exact - offset - slope * centred)
+    return y_gradient.astype(y.dtype), of_scale * inverse, of_bias
+
+
+_batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 
 def fold(params: dict[str, Any], batch_stats: dict[str, Any]) -> Folded:
     """Folds every batch norm of a network into the convolution before it.
+
+    Host arrays stay on the host.
 
     Args:
       params: nested dicts; a dict with `kernel` and `scale` is one `ConvBatchNorm`.
@@ -181,7 +247,7 @@ def fold(params: dict[str, Any], batch_stats: dict[str, Any]) -> Folded:
       they are.
     """
     if "kernel" in params and "scale" in params:
-        gain = params["scale"] * lax.rsqrt(batch_stats["var"] + EPSILON)
+        gain = params["scale"] * _inverse_deviation(batch_stats["var"])
         return {
             "kernel": params["kernel"] * gain,
             "bias": params["bias"] - batch_stats["mean"] * gain,
@@ -190,6 +256,12 @@ def fold(params: dict[str, Any], batch_stats: dict[str, Any]) -> Folded:
         name: fold(child, batch_stats.get(name, {})) if isinstance(child, dict) else child
         for name, child in params.items()
     }
+
+
+def _inverse_deviation(var: Any) -> Any:
+    if isinstance(var, np.ndarray):
+        return 1.0 / np.sqrt(var + np.float32(EPSILON))
+    return lax.rsqrt(var + EPSILON)
 
 
 def conv_bias(

@@ -13,7 +13,9 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from jax import lax
 
 from instanas_jax import convolution, layers
 from instanas_jax.layers import ConvBatchNorm, Folded, conv_bias
@@ -48,7 +50,7 @@ def start_as_identity(params: dict) -> None:
     """Sets, in place, a residual cell's parameters so that its MBConv paths add nothing yet."""
     for op in MBCONV_OPS:
         last = params[_project_name(op)]
-        last["scale"] = jnp.zeros_like(last["scale"])
+        last["scale"] = np.zeros_like(last["scale"])
 
 
 class Cell(nn.Module):
@@ -91,33 +93,33 @@ class Cell(nn.Module):
         kept = tuple(all_ranges[op] for op in enabled)
         width = all_ranges[MBCONV_OPS[-1]][1]
         hidden = ConvBatchNorm("pointwise", width, kept=kept, name="expand", **self._common())(x)
-        hidden_ranges = _ranges(cell, tuple(enabled))
-
+        groups = [
+            (kernel, running, _ranges(cell, group))
+            for kernel, group in _KERNELS
+            if (running := tuple(op for op in group if op in enabled))
+        ]
+        # Splits, whose gradient is laid out side by side; that of slices is a sum of padded parts.
+        parts = _split(hidden, [sum(_hidden(cell, op) for op in ops) for _, ops, _ in groups])
         outputs = {}
-        for kernel, group in _KERNELS:
-            running = tuple(op for op in group if op in enabled)
-            if not running:
-                continue
-            group_ranges = _ranges(cell, group)
-            first, last = hidden_ranges[running[0]][0], hidden_ranges[running[-1]][1]
+        for (kernel, running, ranges), part in zip(groups, parts, strict=True):
             y = ConvBatchNorm(
                 "depthwise",
-                group_ranges[group[-1]][1],
+                max(stop for _, stop in ranges.values()),
                 kernel,
                 cell.stride,
-                kept=tuple(group_ranges[op] for op in running),
+                kept=tuple(ranges[op] for op in running),
                 name=f"depthwise_k{kernel}",
                 **self._common(),
-            )(hidden[..., first:last])
-            for op in running:
-                start, stop = hidden_ranges[op]
+            )(part)
+            pieces = _split(y, [_hidden(cell, op) for op in running])
+            for op, piece in zip(running, pieces, strict=True):
                 outputs[op] = ConvBatchNorm(
                     "pointwise",
                     cell.out_channels,
                     activation="none",
                     name=_project_name(op),
                     **self._common(),
-                )(y[..., start - first : stop - first])
+                )(piece)
         return outputs
 
     def _basic_conv(self, x: jax.Array) -> jax.Array:
@@ -129,6 +131,10 @@ class Cell(nn.Module):
         return ConvBatchNorm(
             "dense", channels, 3, activation="relu6", name="basic_second", **self._common()
         )(y)
+
+
+def _split(x: jax.Array, channels: list[int]) -> list[jax.Array]:
+    return list(lax.split(x, channels, axis=x.ndim - 1))
 
 
 def _per_image(values: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import optax
 
 ScheduleKind = Literal["constant", "step", "cosine", "one_cycle"]
@@ -74,8 +75,12 @@ def adam(learning_rate: Number) -> optax.GradientTransformation:
 
 
 def init(supernet_params: Any, controller_params: Any) -> dict[str, Any]:
-    """Fresh optimizer states of both networks."""
-    return {
-        "supernet": sgd(0.0, 0.0, 0.0).init(supernet_params),
-        "controller": adam(0.0).init(controller_params),
+    """Fresh optimizer states of both networks, on the host.
+
+    Optax starts them all at zero, by a program a shape, which would take seconds to compile.
+    """
+    states = {
+        "supernet": jax.eval_shape(sgd(0.0, 0.0, 0.0).init, supernet_params),
+        "controller": jax.eval_shape(adam(0.0).init, controller_params),
     }
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), states)

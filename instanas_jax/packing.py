@@ -8,11 +8,15 @@ inside the branch of their path.
 They are arguments rather than constants: a program's constants are copied into each of its forms
 on the way to machine code, a gigabyte at width 1, and programs that share them between branches
 run one at a time, however many threads call.
+
+A program that trains holds whole trees as one vector each (`ravel`): its optimizer is three loops
+instead of 930, a third of the time to compile goes, and a checkpoint is a few long arrays.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,6 +36,9 @@ class _Layout:
     structure: Any
     shapes: tuple[tuple[int, ...], ...]
     is_cut: tuple[bool, ...]
+
+
+_layout = functools.cache(_Layout)  # One object for equal trees, so that they have one structure.
 
 
 @functools.partial(
@@ -57,6 +64,10 @@ class Packed:
         ]
         return jax.tree.unflatten(self.layout.structure, leaves)
 
+    def arrays(self) -> Weights:
+        """The tree as it was; on the host, views of the vector."""
+        return read(self.unpack())
+
 
 @dataclasses.dataclass(frozen=True)
 class _Cut:
@@ -68,18 +79,31 @@ class _Cut:
 
     def read(self) -> jax.Array:
         stop = self.start + math.prod(self.shape)
-        return lax.slice(self.vector, (self.start,), (stop,)).reshape(self.shape)
+        if isinstance(self.vector, np.ndarray):
+            return self.vector[self.start : stop].reshape(self.shape)  # pyright: ignore
+        return lax.reshape(lax.slice(self.vector, (self.start,), (stop,)), self.shape)
 
 
 def pack(weights: Weights) -> Packed:
-    """Lays a tree of float32 arrays out on the default device."""
+    """Lays a predictor's tree of float32 arrays out on the default device."""
+    return jax.tree.map(jnp.asarray, _pack(jax.device_get(weights), _is_cut))
+
+
+def ravel(weights: Weights) -> Packed:
+    """A tree of float32 arrays as nothing but a vector; on the host from host arrays, in a traced
+    function traced."""
+    return _pack(weights, lambda leaf: True)
+
+
+def _pack(weights: Weights, is_cut: Callable[[Any], bool]) -> Packed:
     leaves, structure = jax.tree.flatten(weights)
-    is_cut = tuple(_is_cut(leaf) for leaf in leaves)
-    small = [np.ravel(leaf) for leaf, cut in zip(leaves, is_cut, strict=True) if cut]
+    cut = tuple(is_cut(leaf) for leaf in leaves)
+    small = [leaf.reshape(-1) for leaf, is_small in zip(leaves, cut, strict=True) if is_small]
+    on_host = all(isinstance(leaf, np.ndarray | np.generic) for leaf in small)
     return Packed(
-        vector=jnp.asarray(np.concatenate(small) if small else np.zeros(0, np.float32)),
-        large=tuple(jnp.asarray(leaf) for leaf, cut in zip(leaves, is_cut, strict=True) if not cut),
-        layout=_Layout(structure, tuple(np.shape(leaf) for leaf in leaves), is_cut),
+        vector=(np if on_host else jnp).concatenate(small or [np.zeros(0, np.float32)]),
+        large=tuple(leaf for leaf, is_small in zip(leaves, cut, strict=True) if not is_small),
+        layout=_layout(structure, tuple(np.shape(leaf) for leaf in leaves), cut),
     )
 
 

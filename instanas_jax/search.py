@@ -28,7 +28,7 @@ from instanas_jax.stage import (
     Phase,
     Setting,
     Stage,
-    apply_gradients,
+    arrays_of,
     augmented,
     draw_keys,
     is_correct,
@@ -36,6 +36,7 @@ from instanas_jax.stage import (
     policy_logits_of,
     supernet_inputs,
     supernet_update,
+    train_network,
 )
 from instanas_jax.train_state import TrainState
 
@@ -111,12 +112,12 @@ def search(
     def controller_update(state: TrainState, inputs: Inputs) -> tuple[TrainState, Metrics]:
         images, labels = inputs["image"], inputs["label"]
         draws = draw_keys(setting, "search", state.step, labels.shape[0])
-        frozen_supernet = supernet.fold(state.supernet)
+        frozen_supernet = supernet.fold(arrays_of(state.supernet))
 
-        def loss_fn(params):
-            policy_logits, batch_stats = controller.apply_train(
+        def loss_fn(variables):
+            policy_logits, moments = controller.apply_train(
                 spec,
-                {"params": params, "batch_stats": state.controller["batch_stats"]},
+                variables,
                 images,
                 lowering=setting.lowering,
                 dtype=setting.dtype,
@@ -165,21 +166,16 @@ def search(
                     policy.entropy(policy_logits, bounding=reward.bounding)
                 ),
             }
-            return loss, (metrics, batch_stats)
+            return loss, (moments, metrics)
 
-        params = state.controller["params"]
-        gradients, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(params)
-        gradients = mean_over_devices(setting, gradients)
-        params, optimizer_state = apply_gradients(
-            optimizers.adam(jnp.asarray(controller_rate(state.step))),
-            gradients,
-            state.optimizer["controller"],
-            params,
+        optimizer = optimizers.adam(jnp.asarray(controller_rate(state.step)))
+        variables, optimizer_state, _, metrics = train_network(
+            setting, optimizer, loss_fn, state.controller, state.optimizer["controller"]
         )
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
-            controller={"params": params, "batch_stats": batch_stats},
+            controller=variables,
             optimizer={**state.optimizer, "controller": optimizer_state},
         )
         return new_state, mean_over_devices(setting, metrics)

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from instanas_jax import augment, controller, convolution, optimizers, supernet
+from instanas_jax import augment, controller, convolution, layers, optimizers, packing, supernet
 from instanas_jax.search_space import SupernetSpec
 from instanas_jax.train_state import TrainState
 
@@ -37,7 +37,7 @@ class Phase:
     """
 
     name: str
-    prepare: Callable[[TrainState, Batch], Inputs]
+    prepare: Callable[[TrainState, Batch], Inputs]  # States are raveled, here and below.
     update: Callable[[TrainState, Inputs], tuple[TrainState, Metrics]]
 
 
@@ -113,11 +113,38 @@ def is_correct(class_logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.argmax(class_logits, axis=-1) == labels
 
 
-def apply_gradients(
-    optimizer: optax.GradientTransformation, gradients: Any, state: Any, params: Any
-) -> tuple[Any, Any]:
-    updates, state = optimizer.update(gradients, state, params)
-    return optax.apply_updates(params, updates), state
+def train_network(
+    setting: Setting,
+    optimizer: optax.GradientTransformation,
+    loss_fn: Callable[[Any], tuple[jax.Array, tuple[Any, Any]]],
+    variables: dict[str, packing.Packed],
+    optimizer_state: Any,
+) -> tuple[dict[str, packing.Packed], Any, jax.Array, Any]:
+    """One update of a network.
+
+    Args:
+      loss_fn: of the tree {"params", "batch_stats"}; returns the loss, and beside it what the
+        running statistics move towards and anything else.
+      variables: the network's, raveled.
+      optimizer_state: raveled.
+
+    Returns:
+      The new variables and optimizer state, the loss, and anything else.
+    """
+    params, batch_stats = variables["params"], variables["batch_stats"]
+
+    def loss_of(params: Any) -> tuple[jax.Array, tuple[Any, Any]]:
+        return loss_fn({"params": params, "batch_stats": batch_stats.arrays()})
+
+    gradient_fn = jax.value_and_grad(loss_of, has_aux=True)
+    (loss, (moments, rest)), gradients = gradient_fn(params.arrays())
+    gradients = mean_over_devices(setting, packing.ravel(gradients))
+    updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+    new_variables = {
+        "params": optax.apply_updates(params, updates),
+        "batch_stats": layers.move(batch_stats, packing.ravel(moments)),
+    }
+    return new_variables, optimizer_state, loss, rest
 
 
 def supernet_inputs(
@@ -153,10 +180,10 @@ def supernet_update(
     def update(state: TrainState, inputs: Inputs) -> tuple[TrainState, Metrics]:
         dropout_key = jax.random.fold_in(jax.random.key(setting.seed), state.step)
 
-        def loss_fn(params):
-            class_logits, batch_stats = supernet.apply_train(
+        def loss_fn(variables):
+            class_logits, moments = supernet.apply_train(
                 setting.spec,
-                {"params": params, "batch_stats": state.supernet["batch_stats"]},
+                variables,
                 inputs["image"],
                 inputs["mask"],
                 dropout_key=dropout_key,
@@ -165,20 +192,13 @@ def supernet_update(
                 axis_name=setting.axis_name,
                 paths=None if paths is None else np.array(paths),
             )
-            return _cross_entropy(class_logits, inputs["label"]), (class_logits, batch_stats)
+            return _cross_entropy(class_logits, inputs["label"]), (moments, class_logits)
 
-        params = state.supernet["params"]
-        (loss, (class_logits, batch_stats)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-            params
-        )
         optimizer = optimizers.sgd(
             inputs["learning_rate"], inputs["momentum"], inputs["weight_decay"]
         )
-        params, optimizer_state = apply_gradients(
-            optimizer,
-            mean_over_devices(setting, gradients),
-            state.optimizer["supernet"],
-            params,
+        variables, optimizer_state, loss, class_logits = train_network(
+            setting, optimizer, loss_fn, state.supernet, state.optimizer["supernet"]
         )
         metrics = {
             "loss": loss,
@@ -189,7 +209,7 @@ def supernet_update(
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
-            supernet={"params": params, "batch_stats": batch_stats},
+            supernet=variables,
             optimizer={**state.optimizer, "supernet": optimizer_state},
         )
         return new_state, mean_over_devices(setting, metrics)
@@ -197,10 +217,15 @@ def supernet_update(
     return update
 
 
+def arrays_of(variables: dict[str, packing.Packed]) -> dict[str, Any]:
+    """A raveled network's {"params", "batch_stats"} as trees."""
+    return {kind: packed.arrays() for kind, packed in variables.items()}
+
+
 def policy_logits_of(setting: Setting, state: TrainState, images: jax.Array) -> jax.Array:
     return controller.apply_eval(
         setting.spec,
-        controller.fold(state.controller),
+        controller.fold(arrays_of(state.controller)),
         images,
         lowering=setting.lowering,
         dtype=setting.dtype,

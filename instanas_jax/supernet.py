@@ -1,7 +1,7 @@
 """The weight-sharing supernet under a path mask: pure functions over a Flax module.
 
   variables = init(key, spec)
-  class_logits, batch_stats = apply_train(spec, variables, images, mask, ...)
+  class_logits, moments = apply_train(spec, variables, images, mask, ...)
   class_logits = apply_eval(spec, fold(variables), images, mask, ...)
 
 Source: InstaNAS (arXiv 1811.10201), sections 3.2 and 4.1.
@@ -109,10 +109,11 @@ def apply_train(
       dtype: of activations; parameters, statistics and logits are float32.
       axis_name: the device axis that shares the global batch, if any.
       paths: bool [L, O], those that masks may hold, the empty-cell rule applied; all by default.
-        The others are not computed, and their statistics stay as they are.
+        The others are not computed.
 
     Returns:
-      class_logits [B, K] float32, and the new batch statistics.
+      class_logits [B, K] float32, and what the running statistics move towards (`layers.move`):
+      the batch's, or, where something did not run, themselves.
     """
     _check_shapes(spec, images, mask)
     enabled = _enabled_by(spec, paths)

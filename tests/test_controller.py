@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instanas_jax import controller, policy, search_space
+from instanas_jax import controller, layers, policy, search_space
 
 BATCH = 4
 TINY = search_space.preset("tiny", num_classes=10)
@@ -38,7 +38,10 @@ def evaluate(variables, images, *, kind, lowering="shifted", dtype=jnp.float32):
 
 @functools.partial(jax.jit, static_argnames=("kind", "dtype"))
 def train(variables, images, *, kind, dtype=jnp.float32):
-    return controller.apply_train(SPECS[kind], variables, images, lowering="shifted", dtype=dtype)
+    logits, moments = controller.apply_train(
+        SPECS[kind], variables, images, lowering="shifted", dtype=dtype
+    )
+    return logits, layers.move(variables["batch_stats"], moments)
 
 
 @functools.cache

@@ -9,8 +9,8 @@ import pytest
 
 from instanas_jax import convolution
 
-# Odd by even and even by odd; narrower than a kernel.
-SIZES = [(7, 8), (6, 5), (2, 1)]
+# Odd by even and even by odd; narrower than a kernel; several rows of an image a turn.
+SIZES = [(7, 8), (6, 5), (2, 1), (4, 4)]
 
 
 def random_array(*shape: int, seed: int) -> jax.Array:
@@ -43,20 +43,6 @@ def assert_close(actual, expected):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def choose_branch(monkeypatch, branch: str) -> None:
-    """Sends every kernel gradient down one branch, and makes the other an error."""
-
-    def fail(*arguments):
-        raise AssertionError("the other branch ran")
-
-    if branch == "by_tap":
-        monkeypatch.setattr(convolution, "_CACHED_BYTES", 2**40)
-        monkeypatch.setattr(convolution, "_kernel_gradient_by_image", fail)
-    else:
-        monkeypatch.setattr(convolution, "_CACHED_BYTES", 0)
-        monkeypatch.setattr(convolution, "_kernel_gradient_by_tap", fail)
-
-
 class TestDepthwise:
     def test_by_hand(self):
         # A 3x3 window of ones over a 3x3 image of ones covers 4 pixels in a corner, 6 on an
@@ -75,12 +61,14 @@ class TestDepthwise:
             y = convolution.depthwise(x, kernel, stride=1, lowering=lowering)
             np.testing.assert_array_equal(y[0, :, :, 0], [[0, 0], [0, 1]])
 
-    @pytest.mark.parametrize("branch", ["by_tap", "by_image"])
+    @pytest.mark.parametrize("positions_a_turn", [1, 16, 64])  # One row a turn; some; all.
     @pytest.mark.parametrize("size", SIZES)
     @pytest.mark.parametrize("stride", [1, 2])
     @pytest.mark.parametrize("kernel_size", [3, 5])
-    def test_shifted_agrees_with_native(self, monkeypatch, kernel_size, stride, size, branch):
-        choose_branch(monkeypatch, branch)
+    def test_shifted_agrees_with_native(
+        self, monkeypatch, kernel_size, stride, size, positions_a_turn
+    ):
+        monkeypatch.setattr(convolution, "_POSITIONS_A_TURN", positions_a_turn)
         shifted = output_and_gradients(
             functools.partial(convolution.depthwise, stride=stride, lowering="shifted"),
             random_array(3, *size, 4, seed=0),
@@ -88,11 +76,7 @@ class TestDepthwise:
         )
         assert_close(shifted, native_depthwise(kernel_size, stride, size))
 
-    @pytest.mark.parametrize("branch", ["by_tap", "by_image"])
-    def test_bfloat16_keeps_its_type_and_sums_the_kernel_gradient_in_float32(
-        self, monkeypatch, branch
-    ):
-        choose_branch(monkeypatch, branch)
+    def test_bfloat16_keeps_its_type_and_sums_the_kernel_gradient_in_float32(self):
         # 1024 ones: a sum in bfloat16 would stop at 256, where 1 is lost to rounding.
         x = jnp.ones((4, 16, 16, 1), jnp.bfloat16)
         _, pull_back = jax.vjp(

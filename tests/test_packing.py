@@ -32,6 +32,18 @@ def test_weights_without_small_arrays():
     np.testing.assert_array_equal(unpack(packing.pack(large))["large"], large["large"])
 
 
+def test_raveled_trees_come_back_on_the_host_as_views_and_traced():
+    raveled = packing.ravel(WEIGHTS)
+    assert [leaf.shape for leaf in jax.tree.leaves(raveled)] == [raveled.vector.shape]
+    jax.tree.map(np.testing.assert_array_equal, raveled.arrays(), WEIGHTS)
+    assert np.shares_memory(raveled.arrays()["large"], raveled.vector)
+    doubled = jax.jit(lambda tree: packing.ravel(jax.tree.map(lambda leaf: 2 * leaf, tree)))
+    traced = doubled(raveled.arrays())
+    np.testing.assert_array_equal(traced.vector, 2 * raveled.vector)
+    # One structure, so that arithmetic on trees of one kind is arithmetic on vectors.
+    assert jax.tree.structure(traced) == jax.tree.structure(raveled)
+
+
 def test_a_program_holds_no_weights():
     """Neither of the vector nor of a large array: they would be copied as it compiles."""
 

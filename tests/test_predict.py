@@ -73,7 +73,7 @@ def workdir(tmp_path_factory) -> Path:
     controllers = {"A": state.controller, "B": controller.settle(state.controller, settled)}
     for name, variables in controllers.items():
         checkpoints = checkpoint.StageCheckpoints(workdir.checkpoints(f"finetune_{name}"))
-        final = jax.device_get(state.replace(controller=variables))
+        final = train_state.ravel(jax.device_get(state.replace(controller=variables)))
         earlier = jax.tree.map(np.zeros_like, final)
         for step, saved in ((1, earlier), (FINAL_STEP, final)):
             checkpoints.save(step, {"state": saved, "seconds": np.zeros(())})
@@ -109,10 +109,10 @@ def test_answers_are_the_masked_supernets(workdir, variant):
     """Class, confidence, mask and table time, computed with all paths of the whole state."""
     opened = trained_run.open_run(str(workdir))
     spec = opened.spec
-    fresh = jax.device_get(train_state.create(jax.random.key(1), spec))
-    state = checkpoint.StageCheckpoints(workdir / f"checkpoints/finetune_{variant}").restore(
-        FINAL_STEP, {"state": fresh, "seconds": np.zeros(())}
-    )["state"]
+    fresh = train_state.ravel(train_state.create(jax.random.key(1), spec))
+    checkpoints = checkpoint.StageCheckpoints(workdir / f"checkpoints/finetune_{variant}")
+    saved = checkpoints.restore(FINAL_STEP, {"state": fresh, "seconds": np.zeros(())})
+    state = train_state.unravel(saved["state"])
     pixels = augment.normalise(TEST_IMAGES[:6], mean=DATASET.mean, std=DATASET.std)
     policy_logits = controller.apply_eval(
         spec, controller.fold(state.controller), pixels, lowering="native"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instanas_jax import ops, policy, search_space, supernet
+from instanas_jax import layers, ops, policy, search_space, supernet
 from tests.networks import as_if_trained
 
 BATCH = 4
@@ -46,8 +46,11 @@ def may_run(architecture) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames=("dtype", "architecture"))
 def train(variables, images, mask, *, dtype=jnp.float32, architecture=None):
-    """`architecture` is a nested tuple, because an array can't be a static argument."""
-    return supernet.apply_train(
+    """Logits and the statistics after one step.
+
+    `architecture` is a nested tuple, because an array can't be a static argument.
+    """
+    logits, moments = supernet.apply_train(
         SPEC,
         variables,
         images,
@@ -56,6 +59,7 @@ def train(variables, images, mask, *, dtype=jnp.float32, architecture=None):
         dtype=dtype,
         paths=None if architecture is None else may_run(architecture),
     )
+    return logits, layers.move(variables["batch_stats"], moments)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -101,10 +105,12 @@ def with_nan_in_path(op: int):
     """The supernet with NaN in every parameter of op `op`, in every cell."""
     params = jax.tree.map(lambda leaf: leaf, variables()["params"])
     for index, cell in enumerate(SPEC.cells):
-        layers = params[supernet.cell_name(index)]
+        cell_params = params[supernet.cell_name(index)]
         for layer, channels in path_leaves(op, cell.in_channels).items():
-            for name, leaf in layers[layer].items():
-                layers[layer][name] = leaf.at[..., channels].set(jnp.nan)
+            for name, leaf in cell_params[layer].items():
+                broken = np.array(leaf)
+                broken[..., channels] = np.nan
+                cell_params[layer][name] = broken
     return {**variables(), "params": params}
 
 

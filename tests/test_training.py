@@ -83,7 +83,7 @@ def some_settled() -> policy.Settled:
 
 @functools.cache
 def fresh_state():
-    """At step 0, with networks in which every path has a say."""
+    """At step 0, with networks in which every path has a say, as trees."""
     state = train_state.create(jax.random.key(0), SPEC)
     return jax.device_get(state.replace(supernet=as_if_trained(state.supernet)))
 
@@ -100,7 +100,7 @@ def make_cached(name: str):
 
 @functools.cache
 def train(name: str, *, devices: int):
-    """State and metrics after each of four steps on so many devices."""
+    """Replicas of the raveled state, and metrics, after each of four steps on so many devices."""
     stage = make_cached(name)
     programs = [
         (compile_for(phase.prepare, devices), compile_for(phase.update, devices))
@@ -111,7 +111,8 @@ def train(name: str, *, devices: int):
         return array.reshape(devices, -1, *array.shape[1:])
 
     state = jax.tree.map(
-        lambda leaf: np.broadcast_to(leaf, (devices, *np.shape(leaf))), fresh_state()
+        lambda leaf: np.broadcast_to(leaf, (devices, *np.shape(leaf))),
+        train_state.ravel(fresh_state()),
     )
     history = []
     batches = data_lib.train_batches(IMAGES, batch_size=BATCH, seed=1, num_steps=4)
@@ -134,8 +135,7 @@ def test_four_devices_train_as_one(name):
     for network in ("supernet", "controller"):
         ours, theirs = getattr(one, network), getattr(four, network)
         for kind in ("params", "batch_stats"):
-            a = np.concatenate([leaf[0].ravel() for leaf in jax.tree.leaves(ours[kind])])
-            b = np.concatenate([leaf[0].ravel() for leaf in jax.tree.leaves(theirs[kind])])
+            a, b = ours[kind].vector[0], theirs[kind].vector[0]
             assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(a), (network, kind)
     for leaf in jax.tree.leaves(four):  # The replicas stay equal, bit for bit.
         np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
@@ -143,6 +143,11 @@ def test_four_devices_train_as_one(name):
         np.testing.assert_allclose(
             one_metrics[metric][0], four_metrics[metric][0], rtol=2e-3, atol=1e-4, err_msg=metric
         )
+
+
+def first_replica(state):
+    """As trees."""
+    return train_state.unravel(jax.tree.map(lambda leaf: leaf[0], state))
 
 
 def moved(before, after) -> bool:
@@ -160,7 +165,7 @@ def moved(before, after) -> bool:
 )
 def test_a_phase_moves_its_own_network_alone(name, supernet_moves, controller_moves):
     state, _ = train(name, devices=1)[0]
-    start = fresh_state()
+    start = train_state.ravel(fresh_state())
     assert moved(start.supernet, state.supernet) == supernet_moves
     assert moved(start.controller, state.controller) == controller_moves
 
@@ -168,15 +173,15 @@ def test_a_phase_moves_its_own_network_alone(name, supernet_moves, controller_mo
 def test_a_static_baseline_moves_its_own_op_alone():
     state, _ = train("static", devices=1)[0]
     before = fresh_state().supernet["params"]["cell_00"]
-    after = state.supernet["params"]["cell_00"]
+    after = first_replica(state).supernet["params"]["cell_00"]
     used = "project_mbconv_k3_e6"
     # Weight decay shrinks the others; no gradient reaches them.
     decayed = 1 - 0.05 * 1e-4 * 1.9
     unused = before["basic_first"]["kernel"]
-    np.testing.assert_allclose(after["basic_first"]["kernel"][0], unused * decayed, rtol=1e-5)
+    np.testing.assert_allclose(after["basic_first"]["kernel"], unused * decayed, rtol=1e-5)
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(
-            after[used]["kernel"][0], before[used]["kernel"] * decayed, rtol=1e-5
+            after[used]["kernel"], before[used]["kernel"] * decayed, rtol=1e-5
         )
 
 
@@ -191,8 +196,10 @@ def test_settled_decisions_change_what_is_computed_and_nothing_else():
 
     def updated(stage):
         phase = stage.phases[0]
-        inputs = jax.jit(phase.prepare)(state, dict(batch))
-        return inputs["mask"], jax.jit(phase.update)(state, inputs)
+        raveled = train_state.ravel(state)
+        inputs = jax.jit(phase.prepare)(raveled, dict(batch))
+        new_state, metrics = jax.jit(phase.update)(raveled, inputs)
+        return inputs["mask"], (train_state.unravel(jax.device_get(new_state)), metrics)
 
     few_masks, (few, few_metrics) = updated(make_stage("finetune_settled", None))
     all_masks, (every, all_metrics) = updated(make_stage("finetune", None))
@@ -215,7 +222,9 @@ def test_settled_decisions_change_what_is_computed_and_nothing_else():
 
 def undecided_about(state, images):
     """The state's controller with logits whose means over these images are zero."""
-    policy_logits = policy_logits_of(make_setting(None), state, images / np.float32(255))
+    policy_logits = policy_logits_of(
+        make_setting(None), train_state.ravel(state), images / np.float32(255)
+    )
     linear = state.controller["params"]["logits"]
     bias = linear["bias"] - np.asarray(policy_logits).mean(axis=0).ravel()
     return {
@@ -285,3 +294,23 @@ def test_nesterov_sgd_by_hand():
     params = np.float32(1.0)
     updates, _ = optimizer.update(np.float32(1.0), optimizer.init(params), params)
     np.testing.assert_allclose(updates, -0.209, rtol=1e-6)
+
+
+def test_fresh_optimizer_states_are_optaxs_own():
+    state = fresh_state()
+    expected = {
+        "supernet": optimizers.sgd(0.1, 0.9, 0.0).init(state.supernet["params"]),
+        "controller": optimizers.adam(0.1).init(state.controller["params"]),
+    }
+    assert jax.tree.structure(state.optimizer) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, state.optimizer, expected)
+
+
+def test_a_raveled_state_is_few_vectors_and_comes_back():
+    state = fresh_state()
+    raveled = train_state.ravel(state)
+    # The step; two networks' parameters and statistics; one momentum; Adam's count and two moments.
+    assert len(jax.tree.leaves(raveled)) == 1 + 4 + 1 + 3
+    back = train_state.unravel(raveled)
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, back, state)
