@@ -85,14 +85,25 @@ class Evaluator:
         self, state: TrainState, images: data.ImageSet, *, architecture: np.ndarray | None = None
     ) -> Answers:
         """Answers of a host state under its greedy masks, or under one architecture [L, O]."""
+        return Answers(**self._over(images, self._answer, self._inputs(state, architecture)))
+
+    def compile_ahead(self, state: TrainState, images: data.ImageSet) -> None:
+        """Compiles what answers, for images and states like these."""
+        batch = next(iter(data.eval_batches(images, batch_size=self._batch_size)))
+        shapes = parallel.replicated_shapes(self._inputs(state, None))
+        self._answer.compile(shapes, parallel.shard(dict(batch)))
+
+    def _inputs(self, state: TrainState, architecture: np.ndarray | None) -> dict[str, Any]:
         spec = self._setting.spec
-        inputs = {
+        return {
             "supernet": packing.ravel(supernet.fold(state.supernet)),
             "controller": packing.ravel(controller.fold(state.controller)),
-            "architecture": np.zeros(spec.mask_shape) if architecture is None else architecture,
+            "architecture": np.broadcast_to(
+                np.float32(0.0) if architecture is None else np.float32(architecture),
+                spec.mask_shape,
+            ),
             "is_static": np.asarray(architecture is not None),
         }
-        return Answers(**self._over(images, self._answer, inputs))
 
     def decisions(self, state: TrainState, images: data.ImageSet) -> np.ndarray:
         """Greedy masks of a host state, before the empty-cell rule; bool [N, L, O]."""

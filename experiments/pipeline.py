@@ -1,5 +1,6 @@
 """The whole recipe: table, pretrain, search, finetune of variants and baselines, results."""
 
+import concurrent.futures
 import dataclasses
 import math
 import string
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import evaluation, recipe, results, stage_runner, timing
-from experiments.config import Config
+from experiments.config import Config, FinetuneConfig, PretrainConfig, SearchConfig
 from experiments.workdir import Workdir
 from instanas_jax import (
     controller,
@@ -22,6 +23,7 @@ from instanas_jax import (
     parallel,
     policy,
     search_space,
+    train_loop,
     train_state,
 )
 from instanas_jax.errors import InputError
@@ -36,6 +38,22 @@ class Network:
     name: str
     state: TrainState
     seconds: float
+    architecture: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A stage, and the section of the configuration that it trains by.
+
+    Attributes:
+      name: of the network that the stage makes, if it is a finetuning.
+      architecture: [L, O] that decides its paths, if it is not the network itself.
+    """
+
+    stage: Stage
+    section: PretrainConfig | SearchConfig | FinetuneConfig
+    total_steps: int
+    name: str = ""
     architecture: np.ndarray | None = None
 
 
@@ -89,13 +107,27 @@ class Pipeline:
 
     def run(self) -> dict[str, Any]:
         """Runs or resumes every stage, then evaluates; returns the contents of results.json."""
-        try:
-            pretrained, pretrain_seconds = self._pretrain()
-            snapshots, search_seconds = self._search(pretrained)
-            statics = [self._finetune_static(op, pretrained) for op in self.config.run.static_ops]
-            variants = self._finetune_variants(snapshots)
-        finally:
-            self.writer.close()
+        pretraining, searching = self._plan_pretraining(), self._plan_search()
+        baselines = [self._plan_static(op) for op in self.config.run.static_ops]
+        fresh = train_state.create(
+            jax.random.key(self.config.run.seed),
+            self.spec,
+            policy_start=recipe.policy_start(self.spec, self.config.search),
+        )
+        # What trains later compiles on the cores that what trains now leaves idle.
+        with concurrent.futures.ThreadPoolExecutor(1) as compiler:
+            try:
+                compiler.submit(self.evaluate.compile_ahead, fresh, self.dataset.validation)
+                self._compile_ahead(compiler, fresh, [searching, *baselines])
+                pretrained, pretrain_seconds = self._pretrain(pretraining, fresh)
+                snapshots, search_seconds = self._search(searching, pretrained)
+                finetunings = [self._plan_variant(*named) for named in snapshots.items()]
+                self._compile_ahead(compiler, fresh, [plan for plan, _ in finetunings])
+                statics = [self._finetune(plan, pretrained) for plan in baselines]
+                variants = [self._finetune(plan, state) for plan, state in finetunings]
+            finally:
+                compiler.shutdown(wait=False, cancel_futures=True)
+                self.writer.close()
         seconds = {
             "pretrain": pretrain_seconds,
             "search": search_seconds,
@@ -142,15 +174,30 @@ class Pipeline:
         latency.save(table, self.workdir.latency_table)
         return table
 
-    def _run_stage(self, stage: Stage, state: TrainState, section: Any, **options: Any):
-        batch_size = section.batch_size
+    def _compile_ahead(
+        self, compiler: concurrent.futures.Executor, state: TrainState, plans: list[_Plan]
+    ) -> None:
+        """Of stages that are not done yet. What fails here fails again in its turn, and is seen."""
+        raveled = train_state.ravel(state)
+        for plan in plans:
+            checkpoints = self.workdir.checkpoints(plan.stage.name)
+            if not stage_runner.is_done(checkpoints, plan.total_steps):
+                batches = data.train_batches(
+                    self.dataset.train, batch_size=plan.section.batch_size, seed=0, num_steps=1
+                )
+                batch = dict(next(iter(batches)))
+                compiler.submit(train_loop.compile_ahead, plan.stage, raveled, batch)
+
+    def _run_stage(self, plan: _Plan, state: TrainState, **options: Any):
+        batch_size = plan.section.batch_size
         return stage_runner.run_stage(
-            stage,
+            plan.stage,
             state,
             self.dataset.train,
+            total_steps=plan.total_steps,
             batch_size=batch_size,
             seed=self.config.run.seed,
-            checkpoints=self.workdir.checkpoints(stage.name),
+            checkpoints=self.workdir.checkpoints(plan.stage.name),
             writer=self.writer,
             eval_steps=self._steps(self.config.run.eval_epochs, batch_size),
             log_steps=self.config.run.log_steps,
@@ -173,89 +220,81 @@ class Pipeline:
             scalars.update({f"validation_{name}": value for name, value in statistics.items()})
         return scalars
 
-    def _pretrain(self) -> tuple[TrainState, float]:
+    def _plan_pretraining(self) -> _Plan:
         section = self.config.pretrain
         total_steps = self._steps(section.epochs, section.batch_size)
         stage = recipe.pretrain_stage(self.setting, section, total_steps=total_steps)
-        fresh = train_state.create(
-            jax.random.key(self.config.run.seed),
-            self.spec,
-            policy_start=recipe.policy_start(self.spec, self.config.search),
-        )
-        everything_on = np.ones(self.spec.mask_shape, np.float32)
-        return self._run_stage(
-            stage,
-            fresh,
-            section,
-            total_steps=total_steps,
-            validate=lambda state, step: self._validate(state, everything_on),
-        )
+        return _Plan(stage, section, total_steps)
 
-    def _search(self, pretrained: TrainState) -> tuple[dict[str, TrainState], float]:
+    def _plan_search(self) -> _Plan:
         section = self.config.search
         total_steps = max(2, self._steps(section.epochs, section.batch_size))
-        epoch_steps = self._steps(1.0, section.batch_size)
         stage = recipe.search_stage(
-            self.setting, section, self.table, total_steps=total_steps, epoch_steps=epoch_steps
-        )
-        count = min(self.config.run.variants, total_steps)
-        keep_steps = tuple(total_steps * (index + 1) // count for index in range(count))
-        _, seconds = self._run_stage(
-            stage,
-            pretrained,
+            self.setting,
             section,
+            self.table,
             total_steps=total_steps,
+            epoch_steps=self._steps(1.0, section.batch_size),
+        )
+        return _Plan(stage, section, total_steps)
+
+    def _plan_static(self, op_name: str) -> _Plan:
+        """A static baseline, from the pretrained supernet, with as many images as the supernet
+        sees after pretraining on the way to a variant: its half of the search, and finetuning."""
+        op = search_space.op_index(op_name)
+        name = "mobilenetv2" if op == search_space.MOBILENETV2_OP else op_name
+        architecture = search_space.uniform_architecture(self.spec, op)
+        epochs = self.config.search.epochs / 2 + self.config.finetune.epochs
+        settled = policy.Settled.architecture(architecture)
+        return self._plan_finetuning(name, settled, epochs, architecture)
+
+    def _plan_variant(self, name: str, snapshot: TrainState) -> tuple[_Plan, TrainState]:
+        """And the snapshot with its decisions settled."""
+        section = self.config.finetune
+        masks = self.evaluate.decisions(snapshot, self.dataset.train)
+        settled = policy.Settled.by_masks(masks, tolerance=section.settle_tolerance)
+        state = dataclasses.replace(
+            snapshot, controller=controller.settle(snapshot.controller, settled)
+        )
+        return self._plan_finetuning(name, settled, section.epochs, None), state
+
+    def _plan_finetuning(
+        self, name: str, settled: policy.Settled, epochs: float, architecture: np.ndarray | None
+    ) -> _Plan:
+        section = self.config.finetune
+        total_steps = self._steps(epochs, section.batch_size)
+        stage = recipe.finetune_stage(self.setting, section, total_steps, settled)
+        stage = dataclasses.replace(stage, name=f"finetune_{name}")
+        return _Plan(stage, section, total_steps, name, architecture)
+
+    def _pretrain(self, plan: _Plan, fresh: TrainState) -> tuple[TrainState, float]:
+        everything_on = np.ones(self.spec.mask_shape, np.float32)
+        return self._run_stage(
+            plan, fresh, validate=lambda state, step: self._validate(state, everything_on)
+        )
+
+    def _search(self, plan: _Plan, pretrained: TrainState) -> tuple[dict[str, TrainState], float]:
+        """Snapshots by the names of the variants that they become."""
+        count = min(self.config.run.variants, plan.total_steps)
+        keep_steps = tuple(plan.total_steps * (index + 1) // count for index in range(count))
+        _, seconds = self._run_stage(
+            plan,
+            pretrained,
             validate=lambda state, step: self._validate(state, None),
             keep_steps=keep_steps,
         )
-        directory = self.workdir.checkpoints(stage.name)
+        directory = self.workdir.checkpoints(plan.stage.name)
         snapshots = {
             name: stage_runner.restore_kept(directory, step, pretrained)
             for name, step in zip(string.ascii_uppercase, keep_steps, strict=False)
         }
         return snapshots, seconds
 
-    def _finetune(
-        self,
-        name: str,
-        stage: Stage,
-        state: TrainState,
-        architecture: np.ndarray | None,
-        steps: int,
-    ) -> Network:
+    def _finetune(self, plan: _Plan, state: TrainState) -> Network:
         final, seconds = self._run_stage(
-            dataclasses.replace(stage, name=f"finetune_{name}"),
+            plan,
             state,
-            self.config.finetune,
-            total_steps=steps,
-            validate=lambda state, step: self._validate(state, architecture),
+            validate=lambda state, step: self._validate(state, plan.architecture),
             batches_named="finetune",
         )
-        return Network(name, final, seconds, architecture)
-
-    def _finetune_variants(self, snapshots: dict[str, TrainState]) -> list[Network]:
-        section = self.config.finetune
-        steps = self._steps(section.epochs, section.batch_size)
-        variants = []
-        for name, snapshot in snapshots.items():
-            masks = self.evaluate.decisions(snapshot, self.dataset.train)
-            settled = policy.Settled.by_masks(masks, tolerance=section.settle_tolerance)
-            state = dataclasses.replace(
-                snapshot, controller=controller.settle(snapshot.controller, settled)
-            )
-            stage = recipe.finetune_stage(self.setting, section, steps, settled)
-            variants.append(self._finetune(name, stage, state, None, steps))
-        return variants
-
-    def _finetune_static(self, op_name: str, pretrained: TrainState) -> Network:
-        """A static baseline, from the pretrained supernet, with as many images as the supernet
-        sees after pretraining on the way to a variant: its half of the search, and finetuning."""
-        section = self.config.finetune
-        search_images = self.config.search.epochs / 2
-        steps = self._steps(search_images + section.epochs, section.batch_size)
-        op = search_space.op_index(op_name)
-        architecture = search_space.uniform_architecture(self.spec, op)
-        settled = policy.Settled.architecture(architecture)
-        stage = recipe.finetune_stage(self.setting, section, steps, settled)
-        name = "mobilenetv2" if op == search_space.MOBILENETV2_OP else op_name
-        return self._finetune(name, stage, pretrained, architecture, steps)
+        return Network(plan.name, final, seconds, plan.architecture)

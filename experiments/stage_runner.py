@@ -101,6 +101,17 @@ def _saved(state: TrainState, seconds: float) -> dict[str, Any]:
     return {"state": state, "seconds": np.asarray(seconds)}
 
 
+def is_done(checkpoints: Path, total_steps: int) -> bool:
+    """Whether a stage has its last checkpoint."""
+    if not checkpoints.is_dir():
+        return False
+    manager = checkpoint.StageCheckpoints(checkpoints)
+    try:
+        return total_steps in manager.steps()
+    finally:
+        manager.close()
+
+
 def kept_directory(checkpoints: Path) -> Path:
     """Where a stage keeps the states that outlive it."""
     return checkpoints.with_name(checkpoints.name + "_kept")

@@ -91,7 +91,7 @@ def deploy(
         settled = controller.settled(spec, controller_variables)
     weights = {
         "supernet": _packed_paths(spec, supernet_variables, settled),
-        "controller": packing.pack(jax.jit(controller.fold)(controller_variables)),
+        "controller": packing.pack(controller.fold(jax.device_get(controller_variables))),
     }
     return Network(spec, weights, settled, mean, std, lowering)
 
@@ -155,11 +155,9 @@ def _compile(predict: Callable[..., Any], weights: Any, spec: SupernetSpec) -> P
 def _packed_paths(
     spec: SupernetSpec, variables: dict[str, Any], settled: policy.Settled
 ) -> packing.Packed:
-    @jax.jit
-    def paths(variables):
-        return skipping.prepare_weights(spec, supernet.fold(variables), settled)
-
-    return packing.pack(paths(variables))
+    # On the host: a program that only cuts weights would take seconds to compile.
+    folded = supernet.fold(jax.device_get(variables))
+    return packing.pack(skipping.prepare_weights(spec, folded, settled))
 
 
 # A deployed network answers many images one after another, with its weights in cache; networks

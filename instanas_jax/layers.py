@@ -97,7 +97,9 @@ class ConvBatchNorm(nn.Module):
 
         kernel = keep(kernel, self.kept)
         y = _convolve(x, kernel, kind=self.kind, stride=self.stride, lowering=self.lowering)
-        normalised, mean, var = _batch_norm(y, scale, bias, self.activation, self.axis_name)
+        normalised, mean, var = _batch_norm(  # pyright: ignore[reportGeneralTypeIssues]
+            y, scale, bias, self.activation, self.axis_name
+        )
         running_mean.value = _towards(mean, running_mean.value, self.kept)
         running_var.value = _towards(var, running_var.value, self.kept)
         return normalised
@@ -107,7 +109,8 @@ def keep(array: jax.Array, kept: Kept) -> jax.Array:
     """The kept ranges of the last axis, side by side."""
     if kept is None:
         return array
-    return jnp.concatenate([array[..., start:stop] for start, stop in kept], axis=-1)
+    pieces = [array[..., start:stop] for start, stop in kept]
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
 
 
 def _towards(moments: jax.Array, running: jax.Array, kept: Kept) -> jax.Array:

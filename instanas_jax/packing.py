@@ -48,7 +48,7 @@ _layout = functools.cache(_Layout)  # One object for equal trees, so that they h
 class Packed:
     """A tree of weights as one vector and few arrays; an argument of jitted functions."""
 
-    vector: jax.Array
+    vector: jax.Array | np.ndarray
     large: tuple[jax.Array, ...]
     layout: _Layout
 
@@ -73,14 +73,14 @@ class Packed:
 class _Cut:
     """A small array that lies in a longer vector."""
 
-    vector: jax.Array
+    vector: jax.Array | np.ndarray
     start: int
     shape: tuple[int, ...]
 
-    def read(self) -> jax.Array:
+    def read(self) -> jax.Array | np.ndarray:
         stop = self.start + math.prod(self.shape)
         if isinstance(self.vector, np.ndarray):
-            return self.vector[self.start : stop].reshape(self.shape)  # pyright: ignore
+            return self.vector[self.start : stop].reshape(self.shape)
         return lax.reshape(lax.slice(self.vector, (self.start,), (stop,)), self.shape)
 
 

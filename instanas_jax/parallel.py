@@ -5,6 +5,7 @@ replicated, the global batch is split along its first axis.
 """
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,16 @@ def replicate(tree: Any) -> Any:
     return jax.tree.map(copy, tree)
 
 
+def replicated_shapes(tree: Any) -> Any:
+    """Shapes and types of what `replicate` would make."""
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        leaf = np.asarray(leaf)
+        return jax.ShapeDtypeStruct((device_count(), *leaf.shape), leaf.dtype)
+
+    return jax.tree.map(shape, tree)
+
+
 def unreplicate(tree: Any) -> Any:
     """One device's copy of a replicated pytree, on the host."""
 
@@ -61,20 +72,54 @@ def shard(batch: Any) -> Any:
     )
 
 
+class Program:
+    """A function over all devices; for arguments of some shapes it compiles when they first come,
+    or ahead of that.
+
+    Args:
+      function: of one device's share; see `AXIS_NAME`.
+      donate_argnums: arguments whose buffers it takes over.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, donate_argnums: tuple[int, ...] = ()):
+        self._function = jax.pmap(function, axis_name=AXIS_NAME, donate_argnums=donate_argnums)
+        self._lock = threading.Lock()  # Who needs what another thread compiles waits for it.
+        self._compiled: dict[Any, tuple[Callable[..., Any], Any]] = {}
+
+    def compile(self, *arguments: Any) -> Any:
+        """Compiles for arrays, or shapes, like these; returns the shapes of the result.
+
+        Nothing runs, so another thread may use the devices meanwhile.
+        """
+        return self._for_shapes(arguments)[1]
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._for_shapes(arguments)[0](*arguments)
+
+    def _for_shapes(self, arguments: tuple[Any, ...]) -> tuple[Callable[..., Any], Any]:
+        leaves, structure = jax.tree.flatten(arguments)
+        key = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        with self._lock:
+            if key not in self._compiled:
+                lowered = self._function.lower(*arguments)
+                self._compiled[key] = lowered.compile(), lowered.out_info
+            return self._compiled[key]
+
+
 @functools.lru_cache(maxsize=32)
-def compile_step(step: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-    """A function (replicated state, sharded inputs) -> (state, metrics) that takes over the
+def compile_step(step: Callable[[Any, Any], tuple[Any, Any]]) -> Program:
+    """A program (replicated state, sharded inputs) -> (state, metrics) that takes over the
     state's buffers.
 
     The same function gives the same program, so that stages which share it compile once.
     """
-    return jax.pmap(step, axis_name=AXIS_NAME, donate_argnums=0)
+    return Program(step, donate_argnums=(0,))
 
 
 @functools.lru_cache(maxsize=32)
-def compile_map(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """A function (replicated inputs, sharded batch) -> one result an image, still sharded."""
-    return jax.pmap(function, axis_name=AXIS_NAME)
+def compile_map(function: Callable[[Any, Any], Any]) -> Program:
+    """A program (replicated inputs, sharded batch) -> one result an image, still sharded."""
+    return Program(function)
 
 
 def gather(tree: Any) -> Any:

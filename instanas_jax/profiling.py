@@ -237,8 +237,12 @@ def _programs(
     spec: SupernetSpec, lowering: convolution.Lowering, key: jax.Array
 ) -> tuple[dict[str, _Program], dict[tuple[CellSpec, int], _Program]]:
     """Programs of stem, head and controller, and one for each distinct path."""
-    weights = skipping.prepare_weights(spec, supernet.fold(supernet.init(key, spec)))
-    controller_weights = controller.fold(controller.init(key, spec))
+    weights, controller_weights = jax.device_put(
+        (
+            skipping.prepare_weights(spec, supernet.fold(supernet.init(key, spec))),
+            controller.fold(controller.init(key, spec)),
+        )
+    )
     image = jax.random.normal(key, (1, spec.image_size, spec.image_size, 3))
     last = spec.cells[-1]
 

@@ -131,7 +131,8 @@ def train_network(
     Returns:
       The new variables and optimizer state, the loss, and anything else.
     """
-    params, batch_stats = variables["params"], variables["batch_stats"]
+    params: Any = variables["params"]  # A pytree of one vector, to optax as well.
+    batch_stats = variables["batch_stats"]
 
     def loss_of(params: Any) -> tuple[jax.Array, tuple[Any, Any]]:
         return loss_fn({"params": params, "batch_stats": batch_stats.arrays()})

@@ -25,11 +25,29 @@ def run(
     Yields:
       Updates done, the new state (replicated), and the phase's metrics (replicated).
     """
-    programs = [
-        (parallel.compile_map(phase.prepare), parallel.compile_step(phase.update))
-        for phase in stage.phases
-    ]
+    programs = _programs(stage)
     for done, batch in enumerate(batches, start=first_step):
         prepare, update = programs[stage.phase_at(done)]
         state, metrics = update(state, prepare(state, parallel.shard(batch)))
         yield done + 1, state, metrics
+
+
+def compile_ahead(stage: Stage, state: TrainState, batch: Any) -> None:
+    """Compiles a stage's programs before their turn, while another stage trains.
+
+    Args:
+      state: raveled, on the host; its values are not looked at.
+      batch: a global batch on the host, likewise.
+    """
+    shapes = parallel.replicated_shapes(state)
+    for prepare, update in _programs(stage):
+        inputs = prepare.compile(shapes, parallel.shard(batch))
+        update.compile(shapes, inputs)
+
+
+def _programs(stage: Stage) -> list[tuple[parallel.Program, parallel.Program]]:
+    """Of each phase: prepare, update."""
+    return [
+        (parallel.compile_map(phase.prepare), parallel.compile_step(phase.update))
+        for phase in stage.phases
+    ]
