@@ -19,7 +19,7 @@ class TrainState:
     (`ravel`, `packing`).
     """
 
-    step: jax.Array | np.ndarray  # int32 [], updates done in this stage.
+    step: jax.Array  # int32 [], updates done in this stage.
     supernet: dict[str, Any]
     controller: dict[str, Any]
     optimizer: dict[str, Any]  # Of both networks; a stage uses those it trains.
@@ -89,5 +89,5 @@ def restart(state: TrainState) -> TrainState:
     return dataclasses.replace(state, step=_no_updates(), optimizer=optimizer)
 
 
-def _no_updates() -> np.ndarray:
+def _no_updates() -> Any:
     return np.zeros((), np.int32)
