@@ -98,10 +98,7 @@ class Evaluator:
         return {
             "supernet": packing.ravel(supernet.fold(state.supernet)),
             "controller": packing.ravel(controller.fold(state.controller)),
-            "architecture": np.broadcast_to(
-                np.float32(0.0) if architecture is None else np.float32(architecture),
-                spec.mask_shape,
-            ),
+            "architecture": np.zeros(spec.mask_shape) if architecture is None else architecture,
             "is_static": np.asarray(architecture is not None),
         }
 

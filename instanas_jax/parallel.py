@@ -50,7 +50,8 @@ def replicated_shapes(tree: Any) -> Any:
 
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:
         leaf = np.asarray(leaf)
-        return jax.ShapeDtypeStruct((device_count(), *leaf.shape), leaf.dtype)
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)  # As it arrives on a device.
+        return jax.ShapeDtypeStruct((device_count(), *leaf.shape), dtype)
 
     return jax.tree.map(shape, tree)
 

@@ -17,11 +17,12 @@ from instanas_jax import (
     policy,
     search,
     stages,
+    train_loop,
     train_state,
 )
 from instanas_jax import data as data_lib
 from instanas_jax.search_space import preset, uniform_architecture
-from instanas_jax.stage import Setting, draw_keys, policy_logits_of
+from instanas_jax.stage import Phase, Setting, Stage, draw_keys, policy_logits_of
 from tests.networks import as_if_trained
 
 SPEC = preset("tiny", num_classes=10)
@@ -314,3 +315,26 @@ def test_a_raveled_state_is_few_vectors_and_comes_back():
     back = train_state.unravel(raveled)
     assert jax.tree.structure(back) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, back, state)
+
+
+def test_what_compiles_ahead_is_what_runs():
+    """Host values of 64 bits included, which devices hold in 32."""
+
+    def prepare(state, batch):
+        return {"sum": jnp.sum(batch["image"]) + state["offset"]}
+
+    def update(state, inputs):
+        return {**state, "total": state["total"] + inputs["sum"]}, {"sum": inputs["sum"]}
+
+    stage = Stage("toy", (Phase("toy", prepare, update),))
+    state = {"offset": np.float64(1.0), "total": np.float32(0.0)}
+    batch = {"image": np.ones((8, 2), np.float32)}
+    programs = [parallel.compile_map(prepare), parallel.compile_step(update)]
+    train_loop.compile_ahead(stage, state, batch)
+    compiled = [dict(program._compiled) for program in programs]
+    ((done, after, _),) = train_loop.run(stage, parallel.replicate(state), [batch])
+    assert done == 1
+    # Each of four devices holds two of the eight rows of two ones.
+    assert float(parallel.unreplicate(after)["total"]) == 5.0
+    for program, before in zip(programs, compiled, strict=True):
+        assert len(before) == 1 and program._compiled == before
