@@ -199,6 +199,9 @@ class RunConfig:
         "for predictions. Narrow networks are fastest on 1.",
         minimum=1,
     )
+    remat: bool = setting(
+        False, "Compute cells again for their gradient: less memory, more time in training."
+    )
     profile_rounds: int = setting(50, "Timed calls of each path in the table.", minimum=1)
     timed_images: int = setting(200, "Test images on which measured_ms is timed.", minimum=1)
     eval_epochs: float = setting(

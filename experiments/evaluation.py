@@ -1,7 +1,7 @@
 """Accuracy, latency and decisions of a trained state over a whole split."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -89,7 +89,7 @@ class Evaluator:
 
     def compile_ahead(self, state: TrainState, images: data.ImageSet) -> None:
         """Compiles what answers, for images and states like these."""
-        batch = next(iter(data.eval_batches(images, batch_size=self._batch_size)))
+        batch = next(self._batches(images))
         shapes = parallel.replicated_shapes(self._inputs(state, None))
         self._answer.compile(shapes, parallel.shard(dict(batch)))
 
@@ -109,12 +109,17 @@ class Evaluator:
     def _over(self, images: data.ImageSet, program: Callable[..., Any], inputs: Any) -> Any:
         """A program's answers about every image, in order, on the host."""
         replicated = parallel.replicate(inputs)
-        chunks = []
-        for batch in data.eval_batches(images, batch_size=self._batch_size):
-            real = batch["weight"] > 0
-            answers = parallel.gather(program(replicated, parallel.shard(dict(batch))))
-            chunks.append(jax.tree.map(lambda values, real=real: values[real], answers))
-        return jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
+        chunks = [
+            parallel.gather(program(replicated, parallel.shard(dict(batch))))
+            for batch in self._batches(images)
+        ]
+        # What pads the last batch stands at its end.
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *chunks)
+
+    def _batches(self, images: data.ImageSet) -> Iterator[data.Batch]:
+        return data.eval_batches(
+            images, batch_size=self._batch_size, share=parallel.share(self._batch_size)
+        )
 
 
 def policy_statistics(

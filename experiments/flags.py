@@ -14,7 +14,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from experiments import config as config_lib
-from instanas_jax import environment
+from instanas_jax import environment, parallel
 from instanas_jax.errors import InputError
 
 _DEFINERS = {
@@ -23,6 +23,14 @@ _DEFINERS = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
 }
+
+
+flags.DEFINE_string(
+    "compile_cache",
+    os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "instanas_jax"),
+    "Folder that keeps compiled programs for later runs; empty: none. JAX_COMPILATION_CACHE_DIR, "
+    "where set, takes its place.",
+)
 
 
 def define(defaults: config_lib.Config) -> None:
@@ -36,6 +44,17 @@ def define(defaults: config_lib.Config) -> None:
     flags.DEFINE_bool(
         "allow_foreign_table", False, "Accept a latency table that another device measured."
     )
+    flags.DEFINE_integer(
+        "num_processes",
+        1,
+        "Processes that share the run, each started by the same command; 0: as many as the "
+        "cluster's environment says (Slurm, Open MPI, Kubernetes, TPU).",
+        lower_bound=0,
+    )
+    flags.DEFINE_integer(
+        "process_id", 0, "This process among them, from 0; process 0 writes.", lower_bound=0
+    )
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, of a run of many processes.")
 
 
 def define_section(
@@ -53,6 +72,27 @@ def define_section(
             flags.DEFINE_list(prefix + field.name, list(default), help_text)
         else:
             _DEFINERS[type(default)](prefix + field.name, default, help_text)
+
+
+def join_processes() -> None:
+    """Joins the other processes that the flags speak of; InputError if that fails."""
+    count, process, coordinator = (
+        flags.FLAGS.num_processes,
+        flags.FLAGS.process_id,
+        flags.FLAGS.coordinator,
+    )
+    if count == 0:
+        parallel.initialise()
+        return
+    if process >= count:
+        raise InputError(f"--process_id={process}: of {count} processes the last is {count - 1}")
+    if count == 1:
+        return
+    if not coordinator:
+        raise InputError(
+            f"--num_processes={count} needs --coordinator=HOST:PORT, where process 0 is reached"
+        )
+    parallel.initialise(coordinator=coordinator, num_processes=count, process_id=process)
 
 
 def read(dataset: str) -> config_lib.Config:
@@ -102,6 +142,8 @@ def start_with_arguments(main: Callable[[list[str]], int]) -> None:
         # Orbax reports every step of a save; a user wants the progress bar.
         logging.set_verbosity(logging.WARNING)
         environment.configure_cpu()
+        if flags.FLAGS.compile_cache:
+            environment.keep_compiled(os.path.expanduser(flags.FLAGS.compile_cache))
         if isinstance(sys.stdout, io.TextIOWrapper):
             # A file's name may hold what the terminal's encoding cannot say.
             sys.stdout.reconfigure(errors="backslashreplace")

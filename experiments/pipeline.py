@@ -95,11 +95,16 @@ class Pipeline:
             lowering=convolution.default_lowering(),
             dtype=jnp.dtype(config.model.dtype),
             axis_name=parallel.AXIS_NAME,
+            remat=config.run.remat,
         )
         self._check_batches()
-        self.table = self._latency_table(table_path, allow_foreign_table)
+        self.table = parallel.from_first(
+            lambda: self._latency_table(table_path, allow_foreign_table)
+        )
         self.writer = metrics.MultiWriter(
             [metrics.JsonlWriter(workdir.metrics), metrics.TensorBoardWriter(workdir.tensorboard)]
+            if parallel.is_first()
+            else []
         )
         devices = parallel.device_count()
         batch_size = math.ceil(min(256, len(dataset.validation)) / devices) * devices
@@ -172,7 +177,8 @@ class Pipeline:
                 threads=self.config.run.inference_threads,
             )
         latency.save(table, self.workdir.latency_table)
-        return table
+        # What a resumed run reads: times as they are rounded in the file.
+        return latency.load(self.workdir.latency_table, self.spec)
 
     def _compile_ahead(
         self, compiler: concurrent.futures.Executor, state: TrainState, plans: list[_Plan]
@@ -183,7 +189,11 @@ class Pipeline:
             checkpoints = self.workdir.checkpoints(plan.stage.name)
             if not stage_runner.is_done(checkpoints, plan.total_steps):
                 batches = data.train_batches(
-                    self.dataset.train, batch_size=plan.section.batch_size, seed=0, num_steps=1
+                    self.dataset.train,
+                    batch_size=plan.section.batch_size,
+                    seed=0,
+                    num_steps=1,
+                    share=parallel.share(plan.section.batch_size),
                 )
                 batch = dict(next(iter(batches)))
                 compiler.submit(train_loop.compile_ahead, plan.stage, raveled, batch)

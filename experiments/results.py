@@ -14,6 +14,7 @@ from instanas_jax import (
     data,
     environment,
     latency,
+    parallel,
     policy,
     search_space,
 )
@@ -45,12 +46,14 @@ def collect(
       The contents of results.json.
     """
     timed = dataset.test.images[: config.run.timed_images]
-    measured = timing.time_networks(
-        setting,
-        statics=statics,
-        variants=variants,
-        images=timed,
-        threads=config.run.inference_threads,
+    measured = parallel.from_first(
+        lambda: timing.time_networks(
+            setting,
+            statics=statics,
+            variants=variants,
+            images=timed,
+            threads=config.run.inference_threads,
+        )
     )
     static_answers = {
         name: evaluate(state, dataset.test, architecture=architecture)
@@ -96,6 +99,10 @@ def collect(
         "dataset": dataset.name,
         "config": config.to_json(),
         "device": environment.describe_device(),
+        "trained_on": {
+            "devices": parallel.device_count(),
+            "processes": parallel.process_count(),
+        },
         "versions": environment.describe_versions(),
         "images": {
             "train": len(dataset.train),

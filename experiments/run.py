@@ -9,7 +9,7 @@ from experiments import flags as flags_lib
 from experiments.config import Config
 from experiments.pipeline import Pipeline
 from experiments.workdir import Workdir, write_json
-from instanas_jax import data
+from instanas_jax import data, parallel
 
 
 def main(defaults: Config) -> None:
@@ -20,6 +20,7 @@ def main(defaults: Config) -> None:
 
 def _run(dataset_name: str) -> None:
     config = flags_lib.read(dataset_name)
+    flags_lib.join_processes()
     dataset = data.load(
         dataset_name,
         data_dir=config.data.data_dir or None,
@@ -27,15 +28,21 @@ def _run(dataset_name: str) -> None:
         train_limit=config.data.train_limit or None,
         test_limit=config.data.test_limit or None,
     )
-    workdir = Workdir(
-        flags.FLAGS.workdir or "",
-        config=config.to_json(),
-        flags_text=flags_lib.as_flagfile(),
-    )
-    dataset_summary.keep(dataset, workdir.dataset)
-    if workdir.results.exists():
-        print(f"{workdir.results} is complete; the run's table again:")
-        print(results.format_table(json.loads(workdir.results.read_text())))
+
+    def open_workdir() -> Workdir:
+        workdir = Workdir(
+            flags.FLAGS.workdir or "",
+            config=config.to_json(),
+            flags_text=flags_lib.as_flagfile(),
+        )
+        dataset_summary.keep(dataset, workdir.dataset)
+        return workdir
+
+    workdir = parallel.from_first(open_workdir)
+    if parallel.from_first(workdir.results.exists):
+        if parallel.is_first():
+            print(f"{workdir.results} is complete; the run's table again:")
+            print(results.format_table(json.loads(workdir.results.read_text())))
         return
     pipeline = Pipeline(
         config,
@@ -45,6 +52,7 @@ def _run(dataset_name: str) -> None:
         allow_foreign_table=flags.FLAGS.allow_foreign_table,
     )
     report = pipeline.run()
-    write_json(workdir.results, report)
-    print(results.format_table(report))
-    print(f"\nwritten to {workdir.results}")
+    if parallel.is_first():
+        write_json(workdir.results, report)
+        print(results.format_table(report))
+        print(f"\nwritten to {workdir.results}")

@@ -47,12 +47,9 @@ def run_stage(
     Returns:
       The final state on the host, and the seconds this stage has trained, resumes included.
     """
-    rolling = checkpoint.StageCheckpoints(checkpoints)
-    kept = (
-        checkpoint.StageCheckpoints(kept_directory(checkpoints), keep=None) if keep_steps else None
-    )
     fresh = _saved(train_state.ravel(train_state.restart(jax.device_get(state))), 0.0)
-    done, saved = rolling.restore_latest(fresh) or (0, fresh)
+    files = _StageFiles(checkpoints, keep_steps)
+    done, saved = parallel.from_first(lambda: files.restore(fresh))
     writer.truncate_after(done if done else -1, stage.name)
     # Resuming must start from the same bits as going on: the host copy of the state.
     host_state, seconds = saved["state"], float(saved["seconds"])
@@ -64,10 +61,19 @@ def run_stage(
         seed=order_seed,
         start_step=done,
         num_steps=total_steps - done,
+        share=parallel.share(batch_size),
     )
     logged: dict[int, int] = {}  # For each phase, the last stretch of `log_steps` with a row.
     started = time.perf_counter()
-    bar = tqdm(total=total_steps, initial=done, desc=stage.name, unit="step", dynamic_ncols=True)
+    bar = tqdm(
+        total=total_steps,
+        initial=done,
+        desc=stage.name,
+        unit="step",
+        dynamic_ncols=True,
+        disable=not parallel.is_first(),
+    )
+    rows = _LateRows(writer, stage.name, bar)
     with bar:
         running = train_loop.run(stage, parallel.replicate(host_state), batches, first_step=done)
         for done, device_state, device_metrics in running:
@@ -76,24 +82,75 @@ def run_stage(
             phase = stage.phase_at(done - 1)
             if (done - 1) // log_steps != logged.get(phase) or done == total_steps:
                 logged[phase] = (done - 1) // log_steps
-                scalars = _fetch(device_metrics)
-                writer.write(done, scalars, stage.name)
-                bar.set_postfix_str(_postfix(scalars), refresh=False)
-            is_kept = done in keep_steps
-            if done % eval_steps == 0 or done == total_steps or is_kept:
+                rows.add(done, device_metrics)
+            if done % eval_steps == 0 or done == total_steps or done in keep_steps:
+                rows.write()
                 host_state = parallel.unreplicate(device_state)
                 validation = validate(train_state.unravel(host_state), done)
                 writer.write(done, validation, stage.name)
-                tqdm.write(f"{stage.name} {done}/{total_steps}: {_postfix(validation)}")
+                if parallel.is_first():
+                    tqdm.write(f"{stage.name} {done}/{total_steps}: {_postfix(validation)}")
                 elapsed = seconds + time.perf_counter() - started
                 saved = _saved(host_state, elapsed)
-                if is_kept and kept is not None:
-                    kept.save(done, saved)
-                rolling.save(done, saved)
-    for manager in (rolling, kept):
-        if manager is not None:
-            manager.close()
+                files.save(done, saved)
+    files.close()
     return train_state.unravel(saved["state"]), float(saved["seconds"])
+
+
+class _LateRows:
+    """Metrics of a step are fetched when the next are added, when the device is long done: reading
+    them at once would wait for it, and leave it idle afterwards."""
+
+    def __init__(self, writer: metrics.Writer, stage_name: str, bar: tqdm):
+        self._writer, self._stage_name, self._bar = writer, stage_name, bar
+        self._waiting: tuple[int, dict[str, Any]] | None = None
+
+    def add(self, done: int, device_metrics: dict[str, Any]) -> None:
+        self.write()
+        self._waiting = done, device_metrics
+
+    def write(self) -> None:
+        """Writes what waits."""
+        if self._waiting is None:
+            return
+        (done, device_metrics), self._waiting = self._waiting, None
+        scalars = {
+            name: float(value) for name, value in parallel.unreplicate(device_metrics).items()
+        }
+        self._bar.set_postfix_str(_postfix(scalars), refresh=False)
+        self._writer.write(done, scalars, self._stage_name)
+
+
+class _StageFiles:
+    """A stage's checkpoints, rolling and kept; process 0 alone opens them.
+
+    Args:
+      checkpoints: as in `run_stage`, like `keep_steps`.
+    """
+
+    def __init__(self, checkpoints: Path, keep_steps: tuple[int, ...]):
+        self._keep_steps = keep_steps
+        self._rolling = self._kept = None
+        if parallel.is_first():
+            self._rolling = checkpoint.StageCheckpoints(checkpoints)
+            if keep_steps:
+                self._kept = checkpoint.StageCheckpoints(kept_directory(checkpoints), keep=None)
+
+    def restore(self, fresh: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Updates done and what the newest checkpoint holds, or 0 and `fresh`."""
+        restored = self._rolling.restore_latest(fresh) if self._rolling else None
+        return restored or (0, fresh)
+
+    def save(self, done: int, saved: dict[str, Any]) -> None:
+        if self._kept and done in self._keep_steps:
+            self._kept.save(done, saved)
+        if self._rolling:
+            self._rolling.save(done, saved)
+
+    def close(self) -> None:
+        for manager in (self._rolling, self._kept):
+            if manager:
+                manager.close()
 
 
 def _saved(state: TrainState, seconds: float) -> dict[str, Any]:
@@ -119,16 +176,16 @@ def kept_directory(checkpoints: Path) -> Path:
 
 def restore_kept(checkpoints: Path, step: int, like: TrainState) -> TrainState:
     """The state that the stage kept after `step` updates, on the host."""
-    manager = checkpoint.StageCheckpoints(kept_directory(checkpoints), keep=None)
-    try:
-        saved = manager.restore(step, _saved(train_state.ravel(like), 0.0))
-        return train_state.unravel(saved["state"])
-    finally:
-        manager.close()
+    fresh = _saved(train_state.ravel(like), 0.0)
 
+    def restore() -> dict[str, Any]:
+        manager = checkpoint.StageCheckpoints(kept_directory(checkpoints), keep=None)
+        try:
+            return manager.restore(step, fresh)
+        finally:
+            manager.close()
 
-def _fetch(device_metrics: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in parallel.unreplicate(device_metrics).items()}
+    return train_state.unravel(parallel.from_first(restore)["state"])
 
 
 def _postfix(scalars: dict[str, float]) -> str:

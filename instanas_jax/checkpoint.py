@@ -14,6 +14,7 @@ class StageCheckpoints:
     """The checkpoints of one stage in a folder of their own, numbered by updates done.
 
     A checkpoint appears under its name only when it is complete, so a kill leaves the one before.
+    One process has it to itself: of a run of many, process 0.
 
     Args:
       directory: made where absent.
@@ -22,10 +23,22 @@ class StageCheckpoints:
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: int | None = 2):
         self._directory = Path(directory).resolve()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=False
+        self._directory.mkdir(parents=True, exist_ok=True)
+        # Or orbax would wait for the other processes of a run.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}
         )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=False,
+            enable_async_checkpointing=False,
+            multiprocessing_options=alone,
+        )
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=options,
+            item_handlers=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+        )
 
     def save(self, step: int, state: Any) -> None:
         """Writes a host pytree as the checkpoint after `step` updates, if it is not there yet."""

@@ -125,7 +125,13 @@ def epoch_order(num_examples: int, *, seed: int, epoch: int) -> np.ndarray:
 
 
 def train_batches(
-    images: ImageSet, *, batch_size: int, seed: int, start_step: int = 0, num_steps: int
+    images: ImageSet,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    num_steps: int,
+    share: slice = slice(None),
 ) -> Iterator[Batch]:
     """Shuffled batches `start_step` to `start_step + num_steps - 1`, all full.
 
@@ -144,18 +150,21 @@ def train_batches(
             epoch, position = divmod(step, epoch_steps)
             if epoch != order_epoch:
                 order, order_epoch = epoch_order(len(images), seed=seed, epoch=epoch), epoch
-            chosen = order[position * batch_size : (position + 1) * batch_size]
-            yield _batch(images, chosen, batch_size)
+            chosen = order[position * batch_size : (position + 1) * batch_size][share]
+            yield _batch(images, chosen, len(chosen))
 
     return batches()
 
 
-def eval_batches(images: ImageSet, *, batch_size: int) -> Iterator[Batch]:
+def eval_batches(
+    images: ImageSet, *, batch_size: int, share: slice = slice(None)
+) -> Iterator[Batch]:
     """Every image exactly once, in order; the last batch is padded with zeros of weight 0."""
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; choose 1 or more")
+    rows = len(range(*share.indices(batch_size)))
     return (
-        _batch(images, np.arange(first, min(first + batch_size, len(images))), batch_size)
+        _batch(images, np.arange(first, min(first + batch_size, len(images)))[share], rows)
         for first in range(0, len(images), batch_size)
     )
 

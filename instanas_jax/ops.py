@@ -192,15 +192,17 @@ def apply_cell(
     Args:
       folded: what `layers.fold` made of this cell's parameters.
       x: [B, S, S, C_in].
-      mask: [B, O], the empty-cell rule applied.
-      identity: [B], 1 where the cell is passed through.
+      mask: [R * B, O], the empty-cell rule applied: one for each image, then a second for each and
+        so on. Paths run once, however many masks select among them.
+      identity: [R * B], 1 where the cell is passed through.
 
     Returns:
-      [B, S', S', C_out].
+      [R * B, S', S', C_out].
     """
+    repeats = mask.shape[0] // x.shape[0]
     hidden = conv_bias(x, folded["expand"], kind="pointwise", lowering=lowering)
     ranges = _ranges(cell, MBCONV_OPS)
-    total = _pass_through(cell, x, mask, identity)
+    total = _pass_through(cell, _repeat(x, repeats), mask, identity)
     for kernel, group in _KERNELS:
         first, last = ranges[group[0]][0], ranges[group[-1]][1]
         block = conv_bias(
@@ -219,7 +221,7 @@ def apply_cell(
                 activation="none",
                 lowering=lowering,
             )
-            total = total + jnp.where(_per_image(mask[:, op]) > 0.5, y, 0.0)
+            total = total + _selected(y, mask[:, op], repeats)
     basic = apply_op(
         cell,
         CANDIDATE_OPS[BASIC_OP],
@@ -227,8 +229,17 @@ def apply_cell(
         x,
         lowering=lowering,
     )
-    total = total + jnp.where(_per_image(mask[:, BASIC_OP]) > 0.5, basic, 0.0)
+    total = total + _selected(basic, mask[:, BASIC_OP], repeats)
     return _joined(total, mask, join)
+
+
+def _repeat(x: jax.Array, repeats: int) -> jax.Array:
+    """All images, then all again: [R * B, ...]."""
+    return jnp.concatenate([x] * repeats) if repeats > 1 else x
+
+
+def _selected(y: jax.Array, is_on: jax.Array, repeats: int) -> jax.Array:
+    return jnp.where(_per_image(is_on) > 0.5, _repeat(y, repeats), 0.0)
 
 
 def op_weights(cell: CellSpec, folded: Folded, op: int) -> Folded:

@@ -37,8 +37,13 @@ class _Layout:
     shapes: tuple[tuple[int, ...], ...]
     is_cut: tuple[bool, ...]
 
+    def __reduce__(self) -> Any:  # Another process's layout is this one's of an equal tree.
+        return _layout, (self.structure, self.shapes, self.is_cut)
 
-_layout = functools.cache(_Layout)  # One object for equal trees, so that they have one structure.
+
+@functools.cache  # One object for equal trees, so that they have one structure.
+def _layout(structure: Any, shapes: tuple[tuple[int, ...], ...], is_cut: tuple[bool, ...]):
+    return _Layout(structure, shapes, is_cut)
 
 
 @functools.partial(

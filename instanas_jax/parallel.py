@@ -1,26 +1,121 @@
-"""Devices: the only module that knows how many there are.
+"""Devices and processes: the only module that knows how many there are.
 
-Every program runs through `jax.pmap`; one device is the case n = 1 of the same code. State is
-replicated, the global batch is split along its first axis.
+Every program runs through `jax.pmap`; one device of one process is the case n = 1 of the same
+code. State is replicated, the global batch is split along its first axis: process p of P feeds
+rows p * B / P to (p + 1) * B / P, each of its devices an even part of them. All arrays of a program
+have a leading axis over the devices of all processes.
 """
 
 import functools
+import pickle
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from instanas_jax.errors import InputError
 
 AXIS_NAME = "devices"
 
+Value = TypeVar("Value")
+
+
+def initialise(
+    *,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout_seconds: int = 300,
+) -> None:
+    """Joins the processes of one run; call it before anything else asks JAX for a device.
+
+    Every process runs the same program with the same settings. All three arguments are None where
+    the cluster's environment (Slurm, Open MPI, Kubernetes, TPU pods) says them.
+
+    Args:
+      coordinator: HOST:PORT on which process 0 is reached.
+      num_processes: P.
+      process_id: 0 to P - 1.
+      timeout_seconds: how long to wait for the others.
+
+    Raises:
+      InputError: the arguments do not say, or no cluster is found, or the others do not come.
+    """
+    try:
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, initialization_timeout=timeout_seconds
+        )
+    except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError.
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"process {process_id} of {num_processes} cannot join {coordinator} ({reason}): give "
+            "every process the same --coordinator and --num_processes and a --process_id of its "
+            "own, or none of them under Slurm, Open MPI or Kubernetes"
+        ) from error
+    from_first(lambda: None)  # Connects the devices: later the processes may be minutes apart.
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files."""
+    return jax.process_index() == 0
+
+
+def from_first(make: Callable[[], Value]) -> Value:
+    """What process 0 makes of it, in every process: for files, clocks and whatever may differ.
+
+    An InputError there is raised here as well, so that all processes end by the same mistake.
+
+    Args:
+      make: called in process 0 alone; its value travels by pickle, so arrays are on the host.
+    """
+    if jax.process_count() == 1:
+        return make()
+    outcome: tuple[Value | None, InputError | None] = (None, None)
+    if is_first():
+        try:
+            outcome = make(), None
+        except InputError as error:
+            outcome = None, error
+    value, error = pickle.loads(_broadcast(pickle.dumps(outcome)))
+    if error is not None:
+        raise error
+    return value
+
+
+def _broadcast(data: bytes) -> bytes:
+    """Process 0's bytes."""
+    size = _sum_of_first(np.array(len(data), np.int32))
+    values = np.zeros(size, np.uint8)
+    if is_first():
+        values[:] = np.frombuffer(data, np.uint8)
+    return _sum_of_first(values).tobytes()
+
+
+def _sum_of_first(values: np.ndarray) -> np.ndarray:
+    """Process 0's values, by a sum in which all others are zero."""
+    local = np.zeros((jax.local_device_count(), *values.shape), values.dtype)
+    if is_first():
+        local[0] = values
+    return unreplicate(_sum_over_devices()(_global(local)))
+
+
+@functools.cache
+def _sum_over_devices() -> "Program":
+    return Program(lambda values: lax.psum(values, AXIS_NAME))
+
 
 def device_count() -> int:
-    """Devices that share a batch."""
-    return jax.local_device_count()
+    """Devices that share a batch, of all processes."""
+    return jax.device_count()
+
+
+def process_count() -> int:
+    """Processes that share a run."""
+    return jax.process_count()
 
 
 def check_batch_size(batch_size: int, *, flag: str) -> None:
@@ -33,14 +128,32 @@ def check_batch_size(batch_size: int, *, flag: str) -> None:
         )
 
 
+def share(batch_size: int) -> slice:
+    """The rows of a global batch that this process feeds."""
+    rows = batch_size // jax.process_count()
+    return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+
+
+@functools.cache
+def _sharding() -> NamedSharding:
+    # The order in which `jax.pmap` numbers the devices.
+    processes = range(jax.process_count())
+    devices = [device for process in processes for device in jax.local_devices(process)]
+    return NamedSharding(Mesh(np.array(devices), (AXIS_NAME,)), PartitionSpec(AXIS_NAME))
+
+
+def _global(local: np.ndarray) -> jax.Array:
+    """This process's part [local devices, ...] of an array [devices, ...]."""
+    shape = (device_count(), *local.shape[1:])
+    return jax.make_array_from_process_local_data(_sharding(), local, shape)
+
+
 def replicate(tree: Any) -> Any:
     """Copies a pytree to every device, along a new leading axis."""
-    devices = jax.local_devices()
-    sharding = NamedSharding(Mesh(np.array(devices), (AXIS_NAME,)), PartitionSpec(AXIS_NAME))
 
     def copy(leaf: Any) -> jax.Array:
         leaf = np.asarray(leaf)
-        return jax.device_put(np.broadcast_to(leaf, (len(devices), *leaf.shape)), sharding)
+        return _global(np.broadcast_to(leaf, (jax.local_device_count(), *leaf.shape)))
 
     return jax.tree.map(copy, tree)
 
@@ -66,11 +179,25 @@ def unreplicate(tree: Any) -> Any:
 
 
 def shard(batch: Any) -> Any:
-    """Splits the leading axis of every array [B, ...] into [devices, B / devices, ...]."""
-    devices = device_count()
-    return jax.tree.map(
-        lambda array: array.reshape(devices, array.shape[0] // devices, *array.shape[1:]), batch
-    )
+    """Arrays [devices, B / devices, ...] of which this process holds its rows [B / P, ...]."""
+    devices = jax.local_device_count()
+
+    def split(array: np.ndarray) -> jax.Array:
+        return _global(array.reshape(devices, array.shape[0] // devices, *array.shape[1:]))
+
+    return jax.tree.map(split, batch)
+
+
+def gather(tree: Any) -> Any:
+    """Joins sharded results [devices, B / devices, ...] to host arrays [B, ...], everywhere."""
+    if jax.process_count() > 1:
+        tree = unreplicate(_gather_over_devices()(tree))
+    return jax.tree.map(lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[2:]), tree)
+
+
+@functools.cache
+def _gather_over_devices() -> "Program":
+    return Program(lambda tree: lax.all_gather(tree, AXIS_NAME))
 
 
 class Program:
@@ -102,9 +229,15 @@ class Program:
         key = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         with self._lock:
             if key not in self._compiled:
-                lowered = self._function.lower(*arguments)
+                lowered = self._function.lower(*jax.tree.map(_local_stand_in, arguments))
                 self._compiled[key] = lowered.compile(), lowered.out_info
             return self._compiled[key]
+
+
+def _local_stand_in(leaf: Any) -> np.ndarray:
+    """`jax.pmap` is lowered for one process's part; what it compiles takes whole arrays."""
+    shape = (jax.local_device_count(), *leaf.shape[1:])
+    return np.broadcast_to(np.zeros((), leaf.dtype), shape)
 
 
 @functools.lru_cache(maxsize=32)
@@ -121,8 +254,3 @@ def compile_step(step: Callable[[Any, Any], tuple[Any, Any]]) -> Program:
 def compile_map(function: Callable[[Any, Any], Any]) -> Program:
     """A program (replicated inputs, sharded batch) -> one result an image, still sharded."""
     return Program(function)
-
-
-def gather(tree: Any) -> Any:
-    """Joins sharded results [devices, B / devices, ...] to host arrays [B, ...]."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[2:]), tree)

@@ -124,19 +124,13 @@ def search(
                 axis_name=setting.axis_name,
             )
             sampled = _sample_masks(draws, policy_logits, reward)
-            # One pass over all masks: the sampled ones first, then the greedy ones.
+            # One pass under all masks: the sampled ones first, then the greedy ones.
             masks = lax.stop_gradient(jnp.concatenate([sampled, policy.greedy(policy_logits)]))
-            repeats = reward.samples + 1
             class_logits = supernet.apply_eval(
-                spec,
-                frozen_supernet,
-                jnp.concatenate([images] * repeats),
-                masks,
-                lowering=setting.lowering,
-                dtype=setting.dtype,
+                spec, frozen_supernet, images, masks, lowering=setting.lowering, dtype=setting.dtype
             )
             totals, latency_ms, correct = reward_of(
-                class_logits, jnp.concatenate([labels] * repeats), masks, state.step
+                class_logits, jnp.concatenate([labels] * (reward.samples + 1)), masks, state.step
             )
             sampled_reward, greedy_reward = jnp.split(totals, [len(sampled)])
             advantage = policy_gradient.self_critical_advantage(

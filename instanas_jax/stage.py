@@ -68,6 +68,7 @@ class Setting:
     lowering: convolution.Lowering
     dtype: Any = jnp.float32
     axis_name: str | None = None  # The device axis that shares the global batch.
+    remat: bool = False  # See `supernet.apply_train`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +193,7 @@ def supernet_update(
                 dtype=setting.dtype,
                 axis_name=setting.axis_name,
                 paths=None if paths is None else np.array(paths),
+                remat=setting.remat,
             )
             return _cross_entropy(class_logits, inputs["label"]), (moments, class_logits)
 

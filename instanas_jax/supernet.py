@@ -32,6 +32,7 @@ class _Supernet(nn.Module):
     enabled: tuple[tuple[int, ...], ...]  # For each cell, the ops that may run at all.
     lowering: convolution.Lowering
     axis_name: str | None
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -43,8 +44,11 @@ class _Supernet(nn.Module):
         x = ConvBatchNorm("dense", spec.stem_channels, 3, spec.stem_stride, name="stem", **common)(
             images
         )
+        cell_type = nn.remat(ops.Cell) if self.remat else ops.Cell
         for index, cell in enumerate(spec.cells):
-            module = ops.Cell(cell, self.enabled[index], spec.join, name=cell_name(index), **common)
+            module = cell_type(
+                cell, self.enabled[index], spec.join, name=cell_name(index), **common
+            )
             x = module(x, resolved[:, index], identity[:, index])
         x = ConvBatchNorm("pointwise", spec.head_channels, name="head", **common)(x)
         features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
@@ -98,6 +102,7 @@ def apply_train(
     dtype: Any = jnp.float32,
     axis_name: str | None = None,
     paths: np.ndarray | None = None,
+    remat: bool = False,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Training mode: every path runs on the whole batch, and so do its batch statistics.
 
@@ -110,14 +115,16 @@ def apply_train(
       axis_name: the device axis that shares the global batch, if any.
       paths: bool [L, O], those that masks may hold, the empty-cell rule applied; all by default.
         The others are not computed.
+      remat: keep the cells' inputs alone and compute the rest again for the gradient.
 
     Returns:
       class_logits [B, K] float32, and what the running statistics move towards (`layers.move`):
       the batch's, or, where something did not run, themselves.
     """
-    _check_shapes(spec, images, mask)
+    chex.assert_shape(images, (None, spec.image_size, spec.image_size, 3))
+    chex.assert_shape(mask, (images.shape[0], *spec.mask_shape))
     enabled = _enabled_by(spec, paths)
-    module = _Supernet(spec, enabled, lowering=lowering, axis_name=axis_name)
+    module = _Supernet(spec, enabled, lowering=lowering, axis_name=axis_name, remat=remat)
     class_logits, updated = module.apply(
         variables, images.astype(dtype), mask, dropout_key, mutable=["batch_stats"]
     )
@@ -166,17 +173,22 @@ def apply_eval(
 ) -> jax.Array:
     """Evaluation mode: running statistics, every path computed, the mask selects.
 
-    Each image's answer is independent of the others' pixels and masks.
+    Each image's answer is independent of the others' pixels and masks. An image may be asked under
+    R masks: what comes before the first selection, the stem and the first cell's paths, then runs
+    once for all of them.
 
     Args:
       folded: `fold(variables)`.
       images: normalised [B, H, W, 3].
-      mask: [B, L, O].
+      mask: [R * B, L, O]: one for each image, then a second for each and so on.
 
     Returns:
-      class_logits [B, K] float32.
+      class_logits [R * B, K] float32, in the order of the masks.
     """
-    _check_shapes(spec, images, mask)
+    chex.assert_shape(images, (None, spec.image_size, spec.image_size, 3))
+    chex.assert_shape(mask, (None, *spec.mask_shape))
+    if mask.shape[0] % images.shape[0]:
+        raise ValueError(f"{mask.shape[0]} masks for {images.shape[0]} images")
     resolved, identity = policy.resolve_empty_cells(mask, spec.forced_cells)
     x = apply_stem(spec, folded, images.astype(dtype), lowering=lowering)
     for index, cell in enumerate(spec.cells):
@@ -190,8 +202,3 @@ def apply_eval(
             lowering=lowering,
         )
     return apply_head(folded, x, lowering=lowering)
-
-
-def _check_shapes(spec: SupernetSpec, images: jax.Array, mask: jax.Array) -> None:
-    chex.assert_shape(images, (None, spec.image_size, spec.image_size, 3))
-    chex.assert_shape(mask, (images.shape[0], *spec.mask_shape))

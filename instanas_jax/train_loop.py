@@ -19,7 +19,7 @@ def run(
     Args:
       stage: what to run.
       state: replicated; its buffers are taken over.
-      batches: global batches on the host, one an update.
+      batches: on the host, one an update: of each global batch what `parallel.share` says.
       first_step: number of updates that `state` has behind it.
 
     Yields:
@@ -37,7 +37,7 @@ def compile_ahead(stage: Stage, state: TrainState, batch: Any) -> None:
 
     Args:
       state: raveled, on the host; its values are not looked at.
-      batch: a global batch on the host, likewise.
+      batch: one of the batches on the host, likewise.
     """
     shapes = parallel.replicated_shapes(state)
     for prepare, update in _programs(stage):

@@ -49,6 +49,33 @@ def test_an_accelerators_compiler_keeps_its_flags(restored):
     assert os.environ["XLA_FLAGS"] == ""
 
 
+def test_compiled_programs_are_kept_unless_the_user_names_a_folder(tmp_path):
+    """In processes of their own: the settings would reach other tests."""
+    program = (
+        "import jax, os, sys; from instanas_jax import environment; "
+        "environment.keep_compiled(sys.argv[1]); "
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0); "
+        "print(jax.jit(lambda x: x + 1)(1.0), os.environ['JAX_COMPILATION_CACHE_DIR'])"
+    )
+
+    def run(**variables: str) -> str:
+        others = {k: v for k, v in os.environ.items() if "COMPILATION_CACHE" not in k}
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "ours")],
+            env={**others, **variables},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.split()[-1]
+
+    assert run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "theirs")) == str(tmp_path / "theirs")
+    assert not (tmp_path / "ours").exists()
+    folder = run()  # One for this processor, which children inherit.
+    assert folder.startswith(str(tmp_path / "ours")) and len(os.listdir(folder)) >= 1
+    assert run() == folder
+
+
 def test_calls_run_together_and_an_error_comes_out():
     assert environment.run_together([lambda: 1, lambda: 2]) == [1, 2]
     with pytest.raises(ZeroDivisionError):

@@ -1,5 +1,7 @@
 """Packed weights are the same weights, in fewer arrays."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,3 +54,10 @@ def test_a_program_holds_no_weights():
 
     text = jax.jit(total).lower(packing.pack(WEIGHTS)).compile().as_text()
     assert not [line for line in text.splitlines() if " constant(" in line and "f32[]" not in line]
+
+
+def test_what_another_process_packed_has_the_same_structure():
+    packed = packing.ravel({"a": np.arange(3.0, dtype=np.float32), "b": {"c": np.ones((2, 2))}})
+    copied = pickle.loads(pickle.dumps(packed))
+    assert jax.tree.structure(copied) == jax.tree.structure(packed)
+    np.testing.assert_array_equal(copied.arrays()["a"], packed.arrays()["a"])

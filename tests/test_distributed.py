@@ -1,0 +1,109 @@
+"""Two processes of two devices train as one process of four, through the whole program."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import flags as flags_lib
+from experiments import trained_run
+from instanas_jax import latency, parallel
+from instanas_jax.errors import InputError
+from tests.test_experiments import TINY, parse
+from tests.test_latency import make_table
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = (
+    "from experiments import run; from experiments.config import Config; "
+    "run.main(Config('synthetic'))"
+)
+
+
+def start(arguments: list[str], *, devices: int) -> subprocess.Popen:
+    flags = os.environ["XLA_FLAGS"].replace("device_count=4", f"device_count={devices}")
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *TINY, "--variants=1", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(processes: list[subprocess.Popen]) -> list[str]:
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-2000:]
+    return outputs
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def test_two_processes_train_as_one(tmp_path):
+    table = tmp_path / "table.json"
+    latency.save(make_table(), table)
+    common = [f"--latency_table={table}", "--allow_foreign_table"]
+    finish([start([*common, f"--workdir={tmp_path / 'one'}"], devices=4)])
+    port = free_port()
+    outputs = finish(
+        [
+            start(
+                [
+                    *common,
+                    f"--workdir={tmp_path / f'process_{process}'}",
+                    "--num_processes=2",
+                    f"--process_id={process}",
+                    f"--coordinator=localhost:{port}",
+                ],
+                devices=2,
+            )
+            for process in range(2)
+        ]
+    )
+    assert "mobilenetv2" in outputs[0] and "mobilenetv2" not in outputs[1]
+    # Process 0 alone writes, and what it writes is what one process would have written.
+    assert not (tmp_path / "process_1").exists()
+    runs = {name: trained_run.open_run(str(tmp_path / name)) for name in ("one", "process_0")}
+    results = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in runs}
+    assert results["process_0"]["trained_on"] == {"devices": 4, "processes": 2}
+    assert results["one"]["trained_on"] == {"devices": 4, "processes": 1}
+    one, two = (
+        jax.tree.leaves(trained_run.restore_networks(opened, "A")) for opened in runs.values()
+    )
+    for ours, theirs in zip(one, two, strict=True):
+        difference = np.linalg.norm(np.asarray(ours) - np.asarray(theirs))
+        assert difference <= 1e-4 * np.linalg.norm(np.asarray(ours)) + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_processes=2", "--process_id=2"], "--process_id=2: of 2 processes the last is 1"),
+        (["--num_processes=2"], "--num_processes=2 needs --coordinator=HOST:PORT"),
+        (["--num_processes=0"], "or none of them under Slurm"),  # No cluster here.
+    ],
+)
+def test_flags_of_no_cluster_are_one_line(arguments, message):
+    parse(*arguments)
+    with pytest.raises(InputError, match=message) as error:
+        flags_lib.join_processes()
+    assert "\n" not in str(error.value)
+
+
+def test_a_mistake_of_the_first_process_is_raised_as_it_is():
+    def mistake():
+        raise InputError("no such table")
+
+    with pytest.raises(InputError, match="no such table"):
+        parallel.from_first(mistake)
