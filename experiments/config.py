@@ -200,7 +200,9 @@ class RunConfig:
         minimum=1,
     )
     remat: bool = setting(
-        False, "Compute cells again for their gradient: less memory, more time in training."
+        False,
+        "Compute cells again for their gradient: less memory, more time in training. For "
+        "accelerators; XLA for CPUs finds the repeated part and drops it.",
     )
     profile_rounds: int = setting(50, "Timed calls of each path in the table.", minimum=1)
     timed_images: int = setting(200, "Test images on which measured_ms is timed.", minimum=1)

@@ -319,8 +319,8 @@ class TestModes:
         with pytest.raises(ValueError, match="6 masks for 4 images"):
             evaluate(variables(), images(), masks[:6])
 
-    def test_computing_cells_again_changes_nothing_but_memory(self):
-        """Same loss, gradients and statistics; the gradient's program holds less at a time."""
+    def test_computing_cells_again_changes_no_value(self):
+        """XLA for CPUs finds the repeated part and drops it, so memory can't be looked at here."""
 
         def gradient(remat):
             def loss(params):
@@ -336,15 +336,15 @@ class TestModes:
 
             return jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(variables()["params"])
 
-        kept, again = (gradient(remat).compile() for remat in (False, True))
-        for ours, theirs in zip(
-            jax.tree.leaves(kept(variables()["params"])),
-            jax.tree.leaves(again(variables()["params"])),
-            strict=True,
-        ):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3 * np.abs(ours).max())
-        held = [program.memory_analysis().temp_size_in_bytes for program in (kept, again)]
-        assert held[1] < 0.8 * held[0]
+        kept, again = (gradient(remat) for remat in (False, True))
+        convolutions = [program.as_text().count("stablehlo.conv") for program in (kept, again)]
+        assert convolutions[1] > convolutions[0]
+        kept, again = kept.compile(), again.compile()
+        ours, theirs = (
+            np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(run(variables()["params"]))])
+            for run in (kept, again)
+        )
+        assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(ours)
 
     def test_shapes_are_checked(self):
         folded = jax.eval_shape(supernet.fold, variables())
