@@ -24,6 +24,12 @@ class Missing(Exception):
     """A peer's package is not installed."""
 
 
+def require(package: str) -> None:
+    """Missing, with its remedy, unless the package can be imported."""
+    if not importlib.util.find_spec(package):
+        raise Missing(f"{package} is not installed: pip install -r requirements-peers.txt")
+
+
 @dataclasses.dataclass(frozen=True)
 class Conv:
     """One convolution of a subnet, batch norm folded in."""
@@ -104,8 +110,7 @@ def _conv(
 
 def torch_eager(net: Subnet, *, threads: int) -> Run:
     """PyTorch eager, channels-last. Threads are a setting of the process: the last call's."""
-    if not importlib.util.find_spec("torch"):
-        raise Missing("torch is not installed: pip install -r requirements-peers.txt")
+    require("torch")
     import torch  # pyright: ignore[reportMissingImports]
     from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
@@ -223,8 +228,7 @@ def onnx_model(net: Subnet, *, image_size: int) -> bytes:
 def onnx_runtime(net: Subnet, *, image_size: int, threads: int) -> Run:
     """ONNX Runtime on CPUs with all of its graph optimisations."""
     for package in ("onnx", "onnxruntime"):
-        if not importlib.util.find_spec(package):
-            raise Missing(f"{package} is not installed: pip install -r requirements-peers.txt")
+        require(package)
     import onnxruntime  # pyright: ignore[reportMissingImports]
 
     options = onnxruntime.SessionOptions()

@@ -1,0 +1,193 @@
+"""What a stage's own programs took, as rows of results."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import peers, reporting, roofline, stage_programs, step_peers
+from benchmarks.stage_programs import Runner, Subject
+from experiments.config import ModelConfig
+from instanas_jax import convolution, parallel, train_loop, train_state
+from instanas_jax.stage import Setting
+
+PEERS = ("torch", "native")
+
+Row = dict[str, Any]
+Calls = dict[str, Callable[[], Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    Attributes:
+      batch_size: images of an update, over all devices.
+      repeats: timed turns.
+      native_repeats: of them, those in which `native` takes part.
+      peers: of `PEERS`.
+      ceiling_size: side of the matrix product that is the ceiling of arithmetic.
+    """
+
+    model: ModelConfig
+    num_classes: int
+    batch_size: int
+    repeats: int
+    native_repeats: int
+    peers: tuple[str, ...]
+    ceiling_size: int
+
+
+class Bench:
+    """What the measurements of all stages share: one network, its images, the ceilings."""
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.spec = options.model.spec(num_classes=options.num_classes)
+        self.dtype = options.model.dtype
+        self.dataset = stage_programs.synthetic_dataset(self.spec, batch_size=options.batch_size)
+        self.state = train_state.create(jax.random.key(0), self.spec)
+        self.ceilings, self.ceiling_rows = roofline.measure_ceilings(
+            self.dtype, size=options.ceiling_size, repeats=max(3, options.repeats)
+        )
+        self._compared: set[bytes] = set()  # Paths of the updates that peers have run.
+
+    def measure(self, kind: str) -> list[Row]:
+        """All rows of one kind of update (`stage_programs.KINDS`)."""
+        subject = self._subject(kind, convolution.default_lowering())
+        runner = self._runner(subject)
+        rows = _compile_rows(kind, runner)
+        runner.prepare()
+        calls, peer_rows = self._peers(subject, runner)
+        runner.update()  # Later ones find their memory in place.
+        own: Calls = {
+            "host_batch": runner.host_batch,
+            "prepare": runner.prepare,
+            "update": runner.update,
+        }
+        repeats = dict.fromkeys([*own, *calls], self.options.repeats)
+        if "native" in calls:
+            repeats["native"] = min(self.options.native_repeats, self.options.repeats)
+        seconds = stage_programs.time_in_turn(own | calls, repeats=repeats)
+        rows += _time_rows(kind, seconds, self.options.batch_size)
+        rows.append(self._roofline_row(subject, np.array(seconds["update"])))
+        rows += _memory_rows(kind, runner)
+        rows += peer_rows
+        rows += step_peers.rows(f"{kind}_update", seconds, list(calls))
+        if len(subject.stage.phases) == 1:
+            rows += self._loop_rows(subject, float(np.median(seconds["update"])))
+        return rows
+
+    def _subject(self, kind: str, lowering: convolution.Lowering) -> Subject:
+        setting: Setting = stage_programs.make_setting(
+            self.spec, self.dataset, lowering=lowering, dtype=self.dtype
+        )
+        return stage_programs.make_subject(kind, setting)
+
+    def _runner(self, subject: Subject) -> Runner:
+        return Runner(subject, self.state, self.dataset, batch_size=self.options.batch_size)
+
+    def _peers(self, subject: Subject, runner: Runner) -> tuple[Calls, list[Row]]:
+        """Updates of the peers by name, and rows of how they were made ready.
+
+        Stages that share an update are compared once. All begin at the same weights and must
+        agree in their first loss.
+        """
+        calls: Calls = {}
+        rows: list[Row] = []
+        if subject.paths is None or subject.paths.tobytes() in self._compared:
+            return calls, rows
+        self._compared.add(subject.paths.tobytes())
+        losses = {"ours": step_peers.first_loss(runner)}
+        if "torch" in self.options.peers:
+            try:
+                fastest = step_peers.torch_update(
+                    self.spec, self.state, subject, runner, dtype=self.dtype
+                )
+            except peers.Missing as missing:
+                print(f"missing peer: {missing}")
+            else:
+                calls["torch"], losses["torch"] = fastest.step, fastest.first_loss
+                rows += step_peers.trial_rows(f"{subject.kind}_update_torch", fastest.trials)
+        if "native" in self.options.peers:
+            if convolution.default_lowering() == "native":
+                print("native: what runs on this device anyway, not measured apart")
+            else:
+                native = self._runner(self._subject(subject.kind, "native"))
+                native.inputs = runner.inputs
+                rows += _compile_rows(f"{subject.kind}_native", native)
+                calls["native"], losses["native"] = native.update, step_peers.first_loss(native)
+        if self.spec.head_dropout == 0.0:  # Which everyone draws in another way.
+            step_peers.check_losses(subject.kind, losses, dtype=self.dtype)
+        return calls, rows
+
+    def _roofline_row(self, subject: Subject, update: np.ndarray) -> Row:
+        images, itemsize = self.options.batch_size, jax.numpy.dtype(self.dtype).itemsize
+        if subject.paths is None:
+            images *= subject.forward_passes
+            work = roofline.masked_work(self.spec, images, itemsize=itemsize)
+        else:
+            work = roofline.update_work(self.spec, images, itemsize=itemsize, paths=subject.paths)
+        seconds, bound = work.bound(self.ceilings)
+        name = f"{subject.kind}_update_roofline_share"
+        row = reporting.measurement(name, (seconds / update).tolist(), "fraction")
+        return {**row, "bound": bound, "counted_flops": work.flops, "counted_bytes": work.bytes}
+
+    def _loop_rows(self, subject: Subject, update_seconds: float) -> list[Row]:
+        """The training loop as runs drive it: it waits for the device at the end alone."""
+        running = train_loop.run(
+            subject.stage,
+            parallel.replicate(train_state.ravel(self.state)),
+            stage_programs.batches(self.dataset, batch_size=self.options.batch_size),
+        )
+        jax.block_until_ready(next(running))
+        start = time.perf_counter()
+        for _ in range(self.options.repeats - 1):
+            next(running)
+        jax.block_until_ready(next(running))
+        step = (time.perf_counter() - start) / self.options.repeats
+        wait = max(0.0, 1.0 - update_seconds / step)
+        return [
+            reporting.measurement(f"{subject.kind}_loop_step", [step], "seconds"),
+            reporting.measurement(f"{subject.kind}_input_wait_share", [wait], "fraction"),
+        ]
+
+
+def _compile_rows(name: str, runner: Runner) -> list[Row]:
+    return [
+        reporting.measurement(f"{name}_{program}_compile_{part}", [seconds], "seconds")
+        for program, compiled in runner.compile().items()
+        for part, seconds in dataclasses.asdict(compiled).items()
+    ]
+
+
+def _time_rows(kind: str, seconds: dict[str, list[float]], batch_size: int) -> list[Row]:
+    parts = {name: np.array(seconds[name]) for name in ("host_batch", "prepare", "update")}
+    step = parts["host_batch"] + parts["prepare"] + parts["update"]
+    rows = [
+        reporting.measurement(f"{kind}_{name}", list(times), "seconds")
+        for name, times in {**parts, "step": step}.items()
+    ]
+    share = 1.0 - parts["update"] / step
+    rows.append(
+        reporting.measurement(f"{kind}_images_a_second", list(batch_size / step), "images/s")
+    )
+    rows.append(reporting.measurement(f"{kind}_input_share", list(share), "fraction"))
+    return rows
+
+
+def _memory_rows(kind: str, runner: Runner) -> list[Row]:
+    planned = reporting.measurement(
+        f"{kind}_update_planned_memory", [runner.planned_bytes() / 1e6], "MB"
+    )
+    rows = [{**planned, "source": "memory_analysis of the compiled update, one device"}]
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in statistics:
+        peak = reporting.measurement(
+            f"{kind}_peak_memory", [statistics["peak_bytes_in_use"] / 1e6], "MB"
+        )
+        rows.append({**peak, "source": "memory_stats of the first device, the process so far"})
+    return rows
