@@ -44,7 +44,7 @@ def collect(
     Returns:
       The contents of results.json.
     """
-    timed = dataset.test.images[: config.run.timed_images]
+    timed = dataset.test.take(np.arange(min(config.run.timed_images, len(dataset.test)))).images
     measured = timing.time_networks(
         setting,
         statics=statics,
