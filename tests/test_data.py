@@ -107,7 +107,9 @@ class TestBundledSources:
         np.testing.assert_allclose(standard.std(axis=(0, 1, 2)), 1, atol=1e-6)
 
     def test_unknown_name_is_refused_with_the_known_ones(self):
-        with pytest.raises(InputError, match="'mnist'.*cifar10, cifar100, digits, synthetic"):
+        with pytest.raises(
+            InputError, match="'mnist'.*cifar10, cifar100, imagenet2012, digits, synthetic"
+        ):
             data.load("mnist", validation_size=1)
 
 
