@@ -5,24 +5,29 @@ batch's number, so that the pipeline has no state to save, and neither the numbe
 the step at which it starts changes a batch.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import multiprocessing
 import os
 import signal
 import threading
+import warnings
+import weakref
 from collections.abc import Generator
 from multiprocessing import connection
 from typing import Any
 
 import numpy as np
 
-from instanas_jax import decoding, image_sets
+from instanas_jax import decoding, environment, image_sets
 from instanas_jax.errors import InputError
 from instanas_jax.image_sets import ImageSet, Rows, Schedule, Stream
 
 # Batches in memory at once: a batch of 250 images of 224 pixels has 38 MB.
 _MAX_THREADS = 16
+
+_OPEN: weakref.WeakSet[Generator[ImageSet, None, None]] = weakref.WeakSet()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,24 +66,28 @@ class StreamedImages:
         Processes, which are started anew by each call, end with the generator, or with this
         process.
         """
-        batches = len(schedule)
-        if not batches:
+        batches = self._read(schedule)
+        _OPEN.add(batches)
+        return batches
+
+    def _read(self, schedule: Schedule) -> Generator[ImageSet, None, None]:
+        if not len(schedule):
             return
-        workers = min(self.workers, batches)
+        workers = min(self.workers, len(schedule))
         iterator = iter(_pipeline(_Batches(self, schedule), workers))
         with contextlib.closing(iterator):
-            for _ in range(batches):
+            for _ in range(len(schedule)):
                 try:
-                    images, labels = next(iterator)
+                    # Copies, so that the memory which processes share is freed here and now.
+                    images, labels = map(np.array, next(iterator))
                 except RuntimeError as error:
                     if not workers:
                         raise
                     raise InputError(
-                        f"a process that decodes {self.name} has ended ({error}): if memory is "
-                        "short, lower --data_workers"
+                        f"a process that decodes {self.name} has ended ({error}): if memory or "
+                        "/dev/shm is short, lower --data_workers"
                     ) from error
-                # Views of the plain type; the memory that processes share lives as long as they.
-                yield ImageSet(np.asarray(images), np.asarray(labels))
+                yield ImageSet(images, labels)
 
     def decode(self, rows: Rows) -> ImageSet:
         """The images of one batch, here and now; InputError if one cannot be read."""
@@ -121,7 +130,7 @@ def _pipeline(batches: _Batches, workers: int) -> Any:
     import grain
 
     # A process decodes one batch while another waits in its queue.
-    threads = 1 if workers else min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+    threads = 1 if workers else min(_MAX_THREADS, environment.usable_processors())
     read_ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     dataset = grain.MapDataset.source(batches).to_iter_dataset(read_ahead)
     if not workers:
@@ -136,6 +145,8 @@ def _start_worker(index: int, count: int) -> None:
     del index, count
     # Ctrl-C reaches every process of a terminal; the parent's cleaning up ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A few of ImageNet's files have damaged descriptions beside good pixels.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -144,6 +155,13 @@ def _start_worker(index: int, count: int) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+@atexit.register
+def _close_all() -> None:
+    """What is open when Python ends would else be torn down after the modules that it needs."""
+    for batches in list(_OPEN):
+        batches.close()
 
 
 def _undecodable(name: str, record: int, error: Exception) -> InputError:
