@@ -79,7 +79,7 @@ class StreamedImages:
             for _ in range(len(schedule)):
                 try:
                     # Copies, so that the memory which processes share is freed here and now.
-                    images, labels = map(np.array, next(iterator))
+                    images, labels = map(np.array if workers else np.asarray, next(iterator))
                 except RuntimeError as error:
                     if not workers:
                         raise
