@@ -98,7 +98,7 @@ class ModelConfig:
     @property
     def image_size(self) -> int:
         """Side in pixels of the images that the preset reads."""
-        return preset(self.preset, num_classes=1).image_size
+        return preset(self.preset, num_classes=2).image_size
 
     def spec(self, *, num_classes: int) -> SupernetSpec:
         """The supernet that these settings ask for."""
