@@ -70,6 +70,7 @@ class Subjects:
             validation_size=run.config.data.validation_size,
             train_limit=1,
             test_limit=1,
+            image_size=run.spec.image_size,
         )
         state = {
             "supernet_variables": networks["supernet"],
@@ -78,7 +79,11 @@ class Subjects:
             "std": run.dataset.std,
             "lowering": convolution.default_lowering(),
         }
-        return cls(run.spec, state, dataset.validation.images[:count])
+        return cls(
+            run.spec,
+            state,
+            dataset.validation.take(np.arange(min(count, len(dataset.validation)))).images,
+        )
 
     @property
     def settled(self) -> Settled:

@@ -40,6 +40,13 @@ class DataConfig:
     data_dir: str = setting(
         "", "Folder of prepared TFDS data sets; empty: TFDS_DATA_DIR or TFDS's own default."
     )
+    data_workers: int = setting(
+        0,
+        "Processes that decode images of data sets that do not fit into memory; 0: threads of this "
+        "one. Changes no batch.",
+        minimum=0,
+        maximum=256,
+    )
     validation_size: int = setting(
         5000, "Images cut from the training split for validation.", minimum=1
     )
@@ -87,6 +94,11 @@ class ModelConfig:
         0, "The controller sees images shrunk by 1, 2 or 4; 0: the preset's.", minimum=0, maximum=4
     )
     dtype: str = setting("float32", "Type of activations.", choices=("float32", "bfloat16"))
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images that the preset reads."""
+        return preset(self.preset, num_classes=2).image_size
 
     def spec(self, *, num_classes: int) -> SupernetSpec:
         """The supernet that these settings ask for."""
@@ -225,9 +237,10 @@ class Config:
     run: RunConfig = RunConfig()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, without where the data lies: that is not part of the experiment."""
+        """Plain JSON values, without where the data lies and who decodes it: neither is part of
+        the experiment."""
         values = dataclasses.asdict(self)
-        del values["data"]["data_dir"]
+        del values["data"]["data_dir"], values["data"]["data_workers"]
         values["run"]["static_ops"] = list(self.run.static_ops)
         return values
 

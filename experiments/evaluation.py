@@ -82,14 +82,16 @@ class Evaluator:
         }
 
     def __call__(
-        self, state: TrainState, images: data.ImageSet, *, architecture: np.ndarray | None = None
+        self, state: TrainState, images: data.Images, *, architecture: np.ndarray | None = None
     ) -> Answers:
         """Answers of a host state under its greedy masks, or under one architecture [L, O]."""
         return Answers(**self._over(images, self._answer, self._inputs(state, architecture)))
 
-    def compile_ahead(self, state: TrainState, images: data.ImageSet) -> None:
+    def compile_ahead(self, state: TrainState, images: data.Images) -> None:
         """Compiles what answers, for images and states like these."""
-        batch = next(self._batches(images))
+        batch = data.blank_batch(
+            images, batch_size=self._batch_size, share=parallel.share(self._batch_size)
+        )
         shapes = parallel.replicated_shapes(self._inputs(state, None))
         self._answer.compile(shapes, parallel.shard(dict(batch)))
 
@@ -102,11 +104,11 @@ class Evaluator:
             "is_static": np.asarray(architecture is not None),
         }
 
-    def decisions(self, state: TrainState, images: data.ImageSet) -> np.ndarray:
+    def decisions(self, state: TrainState, images: data.Images) -> np.ndarray:
         """Greedy masks of a host state, before the empty-cell rule; bool [N, L, O]."""
         return self._over(images, self._decide, packing.ravel(controller.fold(state.controller)))
 
-    def _over(self, images: data.ImageSet, program: Callable[..., Any], inputs: Any) -> Any:
+    def _over(self, images: data.Images, program: Callable[..., Any], inputs: Any) -> Any:
         """A program's answers about every image, in order, on the host."""
         replicated = parallel.replicate(inputs)
         chunks = [
@@ -116,7 +118,7 @@ class Evaluator:
         # What pads the last batch stands at its end.
         return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *chunks)
 
-    def _batches(self, images: data.ImageSet) -> Iterator[data.Batch]:
+    def _batches(self, images: data.Images) -> Iterator[data.Batch]:
         return data.eval_batches(
             images, batch_size=self._batch_size, share=parallel.share(self._batch_size)
         )

@@ -188,15 +188,11 @@ class Pipeline:
         for plan in plans:
             checkpoints = self.workdir.checkpoints(plan.stage.name)
             if not stage_runner.is_done(checkpoints, plan.total_steps):
-                batches = data.train_batches(
-                    self.dataset.train,
-                    batch_size=plan.section.batch_size,
-                    seed=0,
-                    num_steps=1,
-                    share=parallel.share(plan.section.batch_size),
+                batch_size = plan.section.batch_size
+                batch = data.blank_batch(
+                    self.dataset.train, batch_size=batch_size, share=parallel.share(batch_size)
                 )
-                batch = dict(next(iter(batches)))
-                compiler.submit(train_loop.compile_ahead, plan.stage, raveled, batch)
+                compiler.submit(train_loop.compile_ahead, plan.stage, raveled, dict(batch))
 
     def _run_stage(self, plan: _Plan, state: TrainState, **options: Any):
         batch_size = plan.section.batch_size

@@ -45,7 +45,7 @@ def collect(
     Returns:
       The contents of results.json.
     """
-    timed = dataset.test.images[: config.run.timed_images]
+    timed = dataset.test.take(np.arange(min(config.run.timed_images, len(dataset.test)))).images
     measured = parallel.from_first(
         lambda: timing.time_networks(
             setting,

@@ -27,6 +27,8 @@ def _run(dataset_name: str) -> None:
         validation_size=config.data.validation_size,
         train_limit=config.data.train_limit or None,
         test_limit=config.data.test_limit or None,
+        image_size=config.model.image_size,
+        workers=config.data.data_workers,
     )
 
     def open_workdir() -> Workdir:

@@ -20,7 +20,7 @@ Validate = Callable[[TrainState, int], dict[str, float]]
 def run_stage(
     stage: Stage,
     state: TrainState,
-    images: data.ImageSet,
+    images: data.Images,
     *,
     total_steps: int,
     batch_size: int,

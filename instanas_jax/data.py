@@ -1,21 +1,23 @@
-"""Data sets in memory, and the batches drawn from them.
+"""Data sets, and the batches drawn from them.
 
 Batches are addressed by position: batch i is a pure function of (seed, i), so that a resumed run
-sees exactly the images the interrupted one would have seen.
+sees exactly the images the interrupted one would have seen. No iterator's state is saved: the
+number of the step, which every checkpoint has, is all the state there is. It holds as well for
+images that are read and cropped as they are needed, with any number of threads and processes.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Generator
 from typing import TypedDict
 
 import numpy as np
 
-from instanas_jax import data_sources
-from instanas_jax.data_sources import ImageSet, Source
+from instanas_jax import data_sources, image_sets
+from instanas_jax.data_sources import Source
 from instanas_jax.errors import InputError
-
-# Tell apart the uses of a seed, so that equal seeds never mean equal permutations.
-_VALIDATION_STREAM, _TEST_STREAM, _ORDER_STREAM = range(3)
+from instanas_jax.image_sets import Images, ImageSet, Rows, Stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +26,9 @@ class Dataset:
 
     name: str
     class_names: tuple[str, ...]  # [K]
-    train: ImageSet
-    validation: ImageSet
-    test: ImageSet
+    train: Images
+    validation: Images
+    test: Images
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -37,10 +39,12 @@ class Dataset:
     @property
     def image_size(self) -> int:
         """Height, and width, of an image in pixels."""
-        return self.train.images.shape[1]
+        return self.train.image_size
 
 
 class Batch(TypedDict):
+    """A batch of B images, or the share of it that a process reads."""
+
     image: np.ndarray  # [B, H, W, 3] uint8
     label: np.ndarray  # [B] int32
     weight: np.ndarray  # [B] float32: 1 for a real image, 0 for padding
@@ -54,8 +58,10 @@ def load(
     split_seed: int = 0,
     train_limit: int | None = None,
     test_limit: int | None = None,
+    image_size: int = 224,
+    workers: int = 0,
 ) -> Dataset:
-    """Reads a data set into memory; never downloads one.
+    """Opens a data set, reading it into memory where it fits; never downloads one.
 
     Args:
       name: one of `data_sources.NAMES`.
@@ -66,12 +72,16 @@ def load(
       train_limit: keep at most this many of the remaining training images. A smaller limit keeps
         a subset of what a larger one keeps, and the validation images stay the same.
       test_limit: likewise for the test split.
+      image_size: side in pixels to which images of many sizes are cropped and scaled. Unused by
+        sets whose images are of one size.
+      workers: processes that decode images which are not in memory; 0 for threads of this one.
+        Changes no batch.
 
     Raises:
       InputError: the name is unknown, a size is out of range, or the set is absent or unreadable.
     """
     return split(
-        data_sources.open_source(name, data_dir),
+        data_sources.open_source(name, data_dir, image_size=image_size, workers=workers),
         validation_size=validation_size,
         split_seed=split_seed,
         train_limit=train_limit,
@@ -96,8 +106,8 @@ def split(
     for limit_name, limit in (("train_limit", train_limit), ("test_limit", test_limit)):
         if limit is not None and limit < 1:
             raise InputError(f"{limit_name} is {limit}; choose 1 or more, or leave it out")
-    shuffled_train = _permutation(source.train_size, split_seed, _VALIDATION_STREAM)
-    shuffled_test = _permutation(source.test_size, split_seed, _TEST_STREAM)
+    shuffled_train = _permutation(source.train_size, split_seed, Stream.VALIDATION)
+    shuffled_test = _permutation(source.test_size, split_seed, Stream.TEST)
     return Dataset(
         name=source.name,
         class_names=source.class_names,
@@ -121,67 +131,130 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
 
 def epoch_order(num_examples: int, *, seed: int, epoch: int) -> np.ndarray:
     """The order `[num_examples]` of an epoch's images: a pure function of (seed, epoch)."""
-    return _permutation(num_examples, seed, _ORDER_STREAM, epoch)
+    return _permutation(num_examples, seed, Stream.ORDER, epoch)
 
 
 def train_batches(
-    images: ImageSet,
+    images: Images,
     *,
     batch_size: int,
     seed: int,
     start_step: int = 0,
     num_steps: int,
     share: slice = slice(None),
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Shuffled batches `start_step` to `start_step + num_steps - 1`, all full.
 
     The last partial batch of an epoch is dropped; as the order changes with each epoch, no image
-    is left out for good.
+    is left out for good. Closing the generator frees what reads ahead.
+
+    Args:
+      batch_size: of the whole batch.
+      share: the rows of each batch that this process reads; only they are decoded, and yielded.
 
     Raises:
-      InputError: batch_size is not between 1 and the number of images.
+      InputError: batch_size is not between 1 and the number of images; while iterating: an image
+        cannot be read.
     """
     # Checked here, not in the generator, so that a mistake shows at the call.
-    epoch_steps = steps_per_epoch(len(images), batch_size)
-
-    def batches() -> Iterator[Batch]:
-        order, order_epoch = np.empty(0, np.int64), -1
-        for step in range(start_step, start_step + num_steps):
-            epoch, position = divmod(step, epoch_steps)
-            if epoch != order_epoch:
-                order, order_epoch = epoch_order(len(images), seed=seed, epoch=epoch), epoch
-            chosen = order[position * batch_size : (position + 1) * batch_size][share]
-            yield _batch(images, chosen, len(chosen))
-
-    return batches()
+    steps_per_epoch(len(images), batch_size)
+    rows = np.arange(batch_size)[share]
+    schedule = _Training(len(images), batch_size, rows, seed, start_step, num_steps)
+    return _batches(images, schedule, len(rows))
 
 
 def eval_batches(
-    images: ImageSet, *, batch_size: int, share: slice = slice(None)
-) -> Iterator[Batch]:
-    """Every image exactly once, in order; the last batch is padded with zeros of weight 0."""
+    images: Images, *, batch_size: int, share: slice = slice(None)
+) -> Generator[Batch, None, None]:
+    """Every image exactly once, in order; the last batch is padded with zeros of weight 0.
+
+    Args:
+      batch_size: of the whole batch.
+      share: as in `train_batches`; padding is where the whole batch has it.
+    """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; choose 1 or more")
-    rows = len(range(*share.indices(batch_size)))
-    return (
-        _batch(images, np.arange(first, min(first + batch_size, len(images)))[share], rows)
-        for first in range(0, len(images), batch_size)
-    )
+    rows = np.arange(batch_size)[share]
+    return _batches(images, _Evaluation(len(images), batch_size, rows), len(rows))
 
 
-def _batch(images: ImageSet, chosen: np.ndarray, batch_size: int) -> Batch:
-    missing = batch_size - len(chosen)
+def blank_batch(images: Images, *, batch_size: int, share: slice = slice(None)) -> Batch:
+    """Padding alone, in the shapes and types of these images' batches; nothing is read."""
+    rows = len(range(batch_size)[share])
+    size = images.image_size
+    nothing = ImageSet(np.zeros((0, size, size, 3), np.uint8), np.zeros(0, np.int32))
+    return _batch(nothing, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Training:
+    """The schedule of `train_batches`; `rows` are places in the whole batch."""
+
+    num_examples: int
+    batch_size: int
+    rows: np.ndarray
+    seed: int
+    start_step: int
+    num_steps: int
+
+    def __len__(self) -> int:
+        return max(0, self.num_steps)
+
+    def __getitem__(self, batch: int) -> Rows:
+        step = self.start_step + batch
+        epoch, place = divmod(step, steps_per_epoch(self.num_examples, self.batch_size))
+        order = _kept_epoch_order(self.num_examples, self.seed, epoch)
+        return Rows(
+            order[place * self.batch_size + self.rows],
+            seed=self.seed,
+            positions=step * self.batch_size + self.rows,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evaluation:
+    """The schedule of `eval_batches`; `rows` are places in the whole batch."""
+
+    num_examples: int
+    batch_size: int
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return -(-self.num_examples // self.batch_size)
+
+    def __getitem__(self, batch: int) -> Rows:
+        indices = batch * self.batch_size + self.rows
+        return Rows(indices[indices < self.num_examples])
+
+
+def _batches(
+    images: Images, schedule: image_sets.Schedule, rows: int
+) -> Generator[Batch, None, None]:
+    with contextlib.closing(images.read(schedule)) as chosen:
+        for part in chosen:
+            yield _batch(part, rows)
+
+
+def _batch(images: ImageSet, rows: int) -> Batch:
+    missing = rows - len(images)
 
     def padded(array: np.ndarray) -> np.ndarray:
         return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing else array
 
     return Batch(
-        image=padded(images.images[chosen]),
-        label=padded(images.labels[chosen]),
-        weight=padded(np.ones(len(chosen), np.float32)),
+        image=padded(images.images),
+        label=padded(images.labels),
+        weight=padded(np.ones(len(images), np.float32)),
     )
 
 
+# Two, as threads that read ahead are in two epochs at times.
+@functools.lru_cache(maxsize=2)
+def _kept_epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    order = epoch_order(num_examples, seed=seed, epoch=epoch)
+    order.setflags(write=False)
+    return order
+
+
 def _permutation(count: int, seed: int, *stream: int) -> np.ndarray:
-    sequence = np.random.SeedSequence(seed, spawn_key=stream)
-    return np.random.default_rng(sequence).permutation(count)
+    return image_sets.generator(seed, *stream).permutation(count)

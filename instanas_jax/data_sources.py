@@ -2,31 +2,20 @@
 
 import dataclasses
 import io
-import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from instanas_jax import prepared, streaming
 from instanas_jax.errors import InputError
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageSet:
-    """Images and their classes, in memory."""
-
-    images: np.ndarray  # [N, H, W, 3] uint8
-    labels: np.ndarray  # [N] int32
-
-    def __len__(self) -> int:
-        return len(self.labels)
+from instanas_jax.image_sets import Images, ImageSet
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set that can be read image by image; mean and std are of pixels in [0, 1]."""
+    """A data set of which any images can be had; mean and std are of pixels in [0, 1]."""
 
     name: str
     class_names: tuple[str, ...]  # [K]
@@ -34,21 +23,30 @@ class Source:
     std: tuple[float, float, float]
     train_size: int
     test_size: int
-    read: Callable[[str, np.ndarray], ImageSet]  # ("train" or "test", indices [N])
+    read: Callable[[str, np.ndarray], Images]  # ("train" or "test", indices [N])
 
 
-# Means and deviations of the training images, as customary for the two sets.
+# Means and deviations of the training images, as customary for the sets.
 _CIFAR_STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
-NAMES = (*_CIFAR_STATISTICS, "digits", "synthetic")
+_IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+NAMES = (*_CIFAR_STATISTICS, "imagenet2012", "digits", "synthetic")
 
 
-def open_source(name: str, data_dir: str | None = None) -> Source:
-    """The source of that name; InputError if it is unknown, absent or unreadable."""
+def open_source(
+    name: str, data_dir: str | None = None, *, image_size: int = 224, workers: int = 0
+) -> Source:
+    """The source of that name; see `data.load`.
+
+    Raises:
+      InputError: it is unknown, absent or unreadable.
+    """
     if name in _CIFAR_STATISTICS:
         return tfds_source(name, data_dir, *_CIFAR_STATISTICS[name])
+    if name == "imagenet2012":
+        return imagenet(data_dir, image_size=image_size, workers=workers)
     if name == "digits":
         return digits()
     if name == "synthetic":
@@ -62,53 +60,58 @@ def tfds_source(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
 ) -> Source:
-    """A TFDS image classification set, prepared in array_record format; TensorFlow is not imported.
+    """A TFDS image classification set that is read into memory.
 
     Args:
-      name: the TFDS name; the features must include `image`, all of one size, and `label`.
-      data_dir: folder of prepared sets; by default TFDS_DATA_DIR, else `~/tensorflow_datasets`.
+      name: the TFDS name; the splits must be `train` and `test`, the images all of one size.
+      data_dir: see `prepared.open_prepared`.
       mean: per channel, of pixels scaled to [0, 1].
       std: likewise.
 
     Raises:
       InputError: the set is not in the folder, or cannot be read; the latter also while reading.
     """
-    default_dir = os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
-    folder = pathlib.Path(data_dir or default_dir).expanduser()
-    # TFDS would ask the network about a set it does not find, so look first.
-    if not any((folder / name).glob("*/dataset_info.json")):
-        raise InputError(
-            f"no data set {name} in {folder}; prepare it once with `pip install -r "
-            f"requirements-prepare.txt && tfds build {name} --file_format=array_record`, or name "
-            "the folder that holds it with --data_dir or TFDS_DATA_DIR"
-        )
-    try:
-        # Imported here so that the other sources do without it.
-        import tensorflow_datasets as tfds
-
-        # Any: the declared return type covers every shape the function can return.
-        splits: Any = tfds.data_source(
-            name,
-            data_dir=str(folder),
-            download=False,
-            decoders={"image": tfds.decode.SkipDecoding()},
-        )
-        class_names = tuple(splits["train"].dataset_info.features["label"].names)
-        sizes = {split: len(splits[split]) for split in ("train", "test")}
-    except Exception as error:  # TFDS and its readers raise many types, RuntimeError included
-        raise _unreadable(name, folder, error) from error
+    opened = prepared.open_prepared(name, data_dir, ("train", "test"))
 
     def read(split: str, indices: np.ndarray) -> ImageSet:
         try:
-            records = splits[split].__getitems__(indices.tolist()) if len(indices) else []
+            records = opened.splits[split].__getitems__(indices.tolist()) if len(indices) else []
             # A fifth quicker than decoding inside TFDS; threads do not help further.
             images = [_decode_png(record["image"]) for record in records]
             labels = [int(record["label"]) for record in records]
             return _image_set(images, labels)
         except Exception as error:
-            raise _unreadable(name, folder, error) from error
+            raise opened.unreadable(error) from error
 
-    return Source(name, class_names, mean, std, sizes["train"], sizes["test"], read)
+    sizes = (len(opened.splits["train"]), len(opened.splits["test"]))
+    return Source(name, opened.class_names, mean, std, *sizes, read)
+
+
+def imagenet(data_dir: str | None, *, image_size: int, workers: int) -> Source:
+    """ImageNet of 2012, never in memory; TFDS's `validation` split is the test split here.
+
+    The images that the challenge published for testing have no public labels. As the 50,000 of its
+    validation are what papers report on, nothing may be selected by them.
+
+    Args:
+      data_dir: see `prepared.open_prepared`, of which the errors are as well.
+      image_size: side in pixels to which images are cropped and scaled.
+      workers: processes that decode; 0 for threads of this one.
+    """
+    opened = prepared.open_prepared("imagenet2012", data_dir, ("train", "validation"))
+    splits = {"train": "train", "test": "validation"}
+
+    def read(split: str, indices: np.ndarray) -> streaming.StreamedImages:
+        return streaming.StreamedImages(
+            name=f"{opened.name}, split {splits[split]}",
+            records=opened.splits[splits[split]],
+            indices=indices,
+            image_size=image_size,
+            workers=workers,
+        )
+
+    sizes = (len(opened.splits["train"]), len(opened.splits["validation"]))
+    return Source(opened.name, opened.class_names, *_IMAGENET_STATISTICS, *sizes, read)
 
 
 def digits(*, image_size: int = 32, test_size: int = 450) -> Source:
@@ -141,8 +144,8 @@ def digits(*, image_size: int = 32, test_size: int = 450) -> Source:
     return in_memory(
         "digits",
         class_names,
-        _take(images, labels, np.asarray(train)),
-        _take(images, labels, np.asarray(test)),
+        ImageSet(images, labels).take(np.asarray(train)),
+        ImageSet(images, labels).take(np.asarray(test)),
     )
 
 
@@ -193,12 +196,8 @@ def in_memory(name: str, class_names: tuple[str, ...], train: ImageSet, test: Im
         std=(float(std[0]), float(std[1]), float(std[2])),
         train_size=len(train),
         test_size=len(test),
-        read=lambda split, indices: _take(splits[split].images, splits[split].labels, indices),
+        read=lambda split, indices: splits[split].take(indices),
     )
-
-
-def _take(images: np.ndarray, labels: np.ndarray, indices: np.ndarray) -> ImageSet:
-    return ImageSet(images[indices], labels[indices])
 
 
 def _image_set(images: list[np.ndarray], labels: list[int]) -> ImageSet:
@@ -209,11 +208,3 @@ def _image_set(images: list[np.ndarray], labels: list[int]) -> ImageSet:
 def _decode_png(encoded: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(encoded)) as image:
         return np.asarray(image.convert("RGB"))
-
-
-def _unreadable(name: str, folder: pathlib.Path, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return InputError(
-        f"data set {name} in {folder} cannot be read ({reason}); delete {folder / name} and "
-        f"prepare it again with `tfds build {name} --file_format=array_record`"
-    )

@@ -143,7 +143,7 @@ def _has_accelerator_plugin() -> bool:
 
 def run_together(calls: Sequence[Callable[[], Result]]) -> list[Result]:
     """Results of all calls, on as many threads as there are processors: for calls that compile."""
-    with concurrent.futures.ThreadPoolExecutor(_usable_processors()) as threads:
+    with concurrent.futures.ThreadPoolExecutor(usable_processors()) as threads:
         return [finished.result() for finished in [threads.submit(call) for call in calls]]
 
 
@@ -187,10 +187,11 @@ def _cpu_model() -> str:
 
 def _pool_threads() -> int:
     named = os.environ.get(_POOL_VARIABLE, "")
-    return int(named) if named.isdigit() else _usable_processors()
+    return int(named) if named.isdigit() else usable_processors()
 
 
-def _usable_processors() -> int:
+def usable_processors() -> int:
+    """Processors on which this process may run."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -107,7 +107,9 @@ class TestBundledSources:
         np.testing.assert_allclose(standard.std(axis=(0, 1, 2)), 1, atol=1e-6)
 
     def test_unknown_name_is_refused_with_the_known_ones(self):
-        with pytest.raises(InputError, match="'mnist'.*cifar10, cifar100, digits, synthetic"):
+        with pytest.raises(
+            InputError, match="'mnist'.*cifar10, cifar100, imagenet2012, digits, synthetic"
+        ):
             data.load("mnist", validation_size=1)
 
 
@@ -236,6 +238,35 @@ class TestBatches:
         real = [label for b in batches for label in b["label"][b["weight"] == 1]]
         assert real == list(range(count))
         assert sum(batch["weight"].sum() for batch in batches) == count
+
+    @given(count=st.integers(1, 20), size=st.integers(1, 12), processes=st.integers(1, 4))
+    def test_shares_concatenate_to_the_whole_batch(self, count, size, processes):
+        cuts = np.linspace(0, size, processes + 1).astype(int)
+        shares = [slice(*ends) for ends in zip(cuts, cuts[1:], strict=False)]
+        images = numbered(count)
+
+        def check(draw):
+            parts = [list(draw(share)) for share in shares]
+            for whole, *pieces in zip(draw(slice(None)), *parts, strict=True):
+                for name in ("image", "label", "weight"):
+                    joined = np.concatenate([piece[name] for piece in pieces])
+                    np.testing.assert_array_equal(joined, whole[name])
+
+        check(lambda share: data.eval_batches(images, batch_size=size, share=share))
+        if size <= count:
+            check(
+                lambda share: data.train_batches(
+                    images, batch_size=size, seed=0, num_steps=5, share=share
+                )
+            )
+
+    def test_a_blank_batch_is_padding_in_a_real_batchs_shape(self):
+        images = data_sources.synthetic(image_size=8).read("train", np.arange(3))
+        blank = data.blank_batch(images, batch_size=4, share=slice(1, 3))
+        real = next(data.eval_batches(images, batch_size=4, share=slice(1, 3)))
+        for name in ("image", "label"):
+            assert blank[name].shape == real[name].shape and blank[name].dtype == real[name].dtype
+        assert blank["weight"].tolist() == [0, 0] and real["weight"].tolist() == [1, 1]
 
     def test_padding_is_zero(self):
         # 3 images in batches of 2: the second batch is image 2 and one of padding.

@@ -10,22 +10,33 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import cifar10, cifar100, digits, recipe, run, stage_runner, trained_run
+from experiments import (
+    cifar10,
+    cifar100,
+    digits,
+    imagenet,
+    recipe,
+    run,
+    stage_runner,
+    trained_run,
+)
 from experiments import flags as flags_lib
-from experiments.config import Config, RunConfig, validate_section
+from experiments.config import Config, DataConfig, RunConfig, validate_section
 from experiments.workdir import Workdir
 from instanas_jax import data, data_sources, environment, metrics, parallel
 from instanas_jax.augment import Augmentation
 from instanas_jax.errors import InputError
+from tests import fake_imagenet
 from tests.test_training import fresh_state, make_stage
 
 ROOT = Path(__file__).parent.parent
 FLAGFILES = sorted((ROOT / "experiments/flagfiles").glob("*.flags"))
-PROGRAMS = {"cifar10": cifar10, "cifar100": cifar100, "digits": digits}
+PROGRAMS = {"cifar10": cifar10, "cifar100": cifar100, "digits": digits, "imagenet": imagenet}
 TINY = [
     "--preset=tiny",
     "--width=1",
     "--stem_stride=0",
+    "--data_workers=0",
     "--validation_size=16",
     "--train_limit=64",
     "--test_limit=24",
@@ -53,9 +64,17 @@ def parse(*arguments: str) -> None:
 
 
 @pytest.fixture
-def fake_data(monkeypatch):
+def fake_data(monkeypatch, tmp_path):
+    """Synthetic images instead of any data set; for ImageNet, made-up JPEGs in its format."""
     load = data.load
-    monkeypatch.setattr(data, "load", lambda name, **options: load("synthetic", **options))
+
+    def fake(name, **options):
+        if name != "imagenet2012":
+            return load("synthetic", **options)
+        return load(name, **{**options, "data_dir": str(tmp_path / "prepared")})
+
+    fake_imagenet.write(tmp_path / "prepared", train=90, validation=30)
+    monkeypatch.setattr(data, "load", fake)
     # Times are not looked at here, and a process of its own is slow to start.
     monkeypatch.setattr(
         environment,
@@ -66,7 +85,7 @@ def fake_data(monkeypatch):
 
 @pytest.mark.parametrize("flagfile", FLAGFILES, ids=lambda path: path.stem)
 def test_every_shipped_flagfile_runs_to_its_results(flagfile, tmp_path, fake_data, capsys):
-    name = flagfile.stem.split("_")[0]
+    name = PROGRAMS[flagfile.stem.split("_")[0]].DEFAULTS.dataset
     parse(f"--flagfile={flagfile}", *TINY, f"--workdir={tmp_path / 'run'}")
     run._run(name)
     results = json.loads((tmp_path / "run/results.json").read_text())
@@ -84,7 +103,7 @@ def test_every_shipped_flagfile_runs_to_its_results(flagfile, tmp_path, fake_dat
         assert (tmp_path / "run" / file).stat().st_size > 0
     assert "mobilenetv2" in capsys.readouterr().out
     opened = trained_run.open_run(str(tmp_path / "run"))
-    assert opened.dataset.class_names == data.load("synthetic", validation_size=1).class_names
+    assert opened.dataset.class_names == data.load(name, validation_size=1).class_names
     assert trained_run.choose_variant(opened, "A") == "A"
     trained_run.restore_networks(opened, trained_run.choose_variant(opened))
     # The same command again reads the finished run and trains nothing; it adds the summary of the
@@ -99,8 +118,8 @@ def test_every_shipped_flagfile_runs_to_its_results(flagfile, tmp_path, fake_dat
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_runs_its_own_data(name):
-    assert PROGRAMS[name].DEFAULTS.dataset == name
-    assert name in data_sources.NAMES
+    assert PROGRAMS[name].DEFAULTS.dataset.startswith(name)
+    assert PROGRAMS[name].DEFAULTS.dataset in data_sources.NAMES
 
 
 class Killed(Exception):
@@ -242,6 +261,16 @@ def test_augmentation_is_what_the_flags_say(tmp_path):
     assert flags_lib.read("synthetic").data.augmentation == Augmentation(pad=3, cutout=5)
     assert digits.DEFAULTS.data.augmentation == Augmentation(pad=2)
     assert cifar100.DEFAULTS.data.augmentation == Augmentation(pad=4, flip=True, cutout=16)
+    assert imagenet.DEFAULTS.data.augmentation == Augmentation(flip=True)
+
+
+def test_who_decodes_is_no_part_of_the_experiment():
+    here, there = (
+        Config("imagenet2012", data=DataConfig(data_dir=folder, data_workers=workers))
+        for folder, workers in (("a", 0), ("b", 8))
+    )
+    assert here.to_json() == there.to_json()
+    assert Config.from_json(here.to_json()) == Config("imagenet2012")
 
 
 def test_the_search_starts_where_the_flags_say(tmp_path):
