@@ -58,7 +58,7 @@ def make_setting(
         seed=0,
         lowering=lowering,
         dtype=jnp.dtype(dtype),
-        axis_name=parallel.AXIS_NAME,
+        axis_name=parallel.axis_name(),
     )
 
 
@@ -172,13 +172,8 @@ class Runner:
         return seconds
 
     def planned_bytes(self) -> int:
-        """Memory of one device while `update` runs, as XLA laid it out: arguments, results in
-        buffers of their own, and temporaries."""
-        # What a program holds compiled is nobody else's business.
-        compiled: Any = self._update._for_shapes((self.state, self.inputs))[0]
-        plan = compiled.memory_analysis()
-        results = plan.output_size_in_bytes - plan.alias_size_in_bytes
-        return plan.argument_size_in_bytes + results + plan.temp_size_in_bytes
+        """Memory of one device while `update` runs, as XLA laid it out."""
+        return self._update.planned_bytes(self.state, self.inputs)
 
     def host_batch(self) -> None:
         """The next batch, shared out to devices."""

@@ -94,7 +94,7 @@ class Pipeline:
             seed=config.run.seed,
             lowering=convolution.default_lowering(),
             dtype=jnp.dtype(config.model.dtype),
-            axis_name=parallel.AXIS_NAME,
+            axis_name=parallel.axis_name(),
             remat=config.run.remat,
         )
         self._check_batches()

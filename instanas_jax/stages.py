@@ -95,5 +95,6 @@ def finetune(
         return supernet_inputs(images, labels, mask, sgd=sgd, learning_rate=rate(state.step))
 
     paths = settled.may_run(spec.forced_cells)
-    update = supernet_update(setting, tuple(tuple(row) for row in paths.tolist()))
+    some = None if paths.all() else tuple(tuple(row) for row in paths.tolist())
+    update = supernet_update(setting, some)  # Of all paths: the other stages' program.
     return Stage(name, (Phase("supernet", prepare, update),))
