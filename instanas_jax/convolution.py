@@ -10,8 +10,8 @@ caller:
             matrix product where the map is small or the channels are few (CPU)
   native    `lax.conv_general_dilated` for all (accelerators, and the reference in tests)
 
-Images are [B, H, W, C]. Padding is k // 2 on every side. Only first derivatives in reverse mode
-are defined for the shifted lowering; JAX raises a TypeError for others.
+Images are [B, H, W, C]. Padding is k // 2 on every side. Derivatives of the shifted lowering are in
+reverse mode, of any order; JAX raises a TypeError for forward mode.
 """
 
 import functools
@@ -90,21 +90,40 @@ def _pointwise_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _pointwise_forward(x, kernel):
-    return _pointwise_product(x, kernel), (x, kernel)
+    parts = in_parts(x)
+    return parts_product(parts, kernel).reshape(*x.shape[:3], -1), (parts, kernel, x.shape)
 
 
 def _pointwise_backward(residuals, gradient):
-    x, kernel = residuals
-    x_gradient = jnp.einsum("bhwo,io->bhwi", gradient, kernel)
-    positions = x.shape[0] * x.shape[1] * x.shape[2]
-    splits = _SPLITS if positions >= _SPLIT_FROM_POSITIONS and positions % _SPLITS == 0 else 1
-    x_parts = x.reshape(splits, positions // splits, x.shape[-1])
-    gradient_parts = gradient.reshape(splits, positions // splits, gradient.shape[-1])
-    kernel_gradient = jnp.einsum("npi,npo->nio", x_parts, gradient_parts).sum(0)
-    return x_gradient, kernel_gradient
+    parts, kernel, shape = residuals
+    gradient = in_parts(gradient)
+    x_gradient = parts_product(gradient, kernel.T).reshape(shape)
+    return x_gradient, parts_kernel_gradient(parts, gradient)
 
 
 _pointwise_product.defvjp(_pointwise_forward, _pointwise_backward)
+
+
+def in_parts(x: jax.Array) -> jax.Array:
+    """[B, H, W, C] as parts of its positions, [parts, positions, C].
+
+    All products of a training step that read a map should read it like this: a map that is read in
+    two shapes is made twice, with whatever makes it.
+    """
+    positions = x.shape[0] * x.shape[1] * x.shape[2]
+    parts = _SPLITS if positions >= _SPLIT_FROM_POSITIONS and positions % _SPLITS == 0 else 1
+    return x.reshape(parts, positions // parts, x.shape[-1])
+
+
+def parts_product(parts: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[parts, positions, I] by [I, O] to [parts, positions, O]."""
+    kernels = jnp.broadcast_to(kernel, (parts.shape[0], *kernel.shape))
+    return jnp.einsum("npi,nio->npo", parts, kernels)
+
+
+def parts_kernel_gradient(parts: jax.Array, gradient: jax.Array) -> jax.Array:
+    """[I, O], of inputs [parts, positions, I] and the outputs' gradient [parts, positions, O]."""
+    return jnp.einsum("npi,npo->nio", parts, gradient).sum(0)
 
 
 def _taps(padded: jax.Array, kernel_size: int, stride: int, out_size: tuple[int, int]):
@@ -150,25 +169,25 @@ def _depthwise_forward(x, kernel, stride):
 
 def _depthwise_backward(stride, residuals, gradient):
     x, kernel = residuals
-    return (
-        _depthwise_input_gradient(gradient, kernel, stride, x.shape),
-        _depthwise_kernel_gradient(x, gradient, kernel.shape[0], stride).astype(kernel.dtype),
+    size = kernel.shape[0]
+    # Padded for the transposed convolution, and dilated; both halves read this one map.
+    edge = size - 1 - size // 2
+    ends = (
+        in_size + size - 1 - edge - ((out_size - 1) * stride + 1)
+        for in_size, out_size in zip(x.shape[1:3], gradient.shape[1:3], strict=True)
     )
+    padding = [(0, 0, 0), *((edge, end, stride - 1) for end in ends), (0, 0, 0)]
+    spread = lax.pad(gradient, jnp.zeros((), gradient.dtype), padding)
+    spread = lax.optimization_barrier(spread)
+    # The transposed convolution, gathered: a flipped depthwise.
+    x_gradient = _weighted_taps(spread, kernel[::-1, ::-1], 1, x.shape[1:3])
+    kernel_gradient = _depthwise_kernel_gradient(
+        _pad(x, size // 2), spread, edge, stride, gradient.shape[1:3], size
+    )
+    return x_gradient, kernel_gradient.astype(kernel.dtype)
 
 
 _depthwise_shifted.defvjp(_depthwise_forward, _depthwise_backward)
-
-
-def _depthwise_input_gradient(gradient, kernel, stride, x_shape):
-    """The transposed convolution, gathered: dilate the gradient, then a flipped depthwise."""
-    size = kernel.shape[0]
-    low = size - 1 - size // 2
-    edges = []
-    for in_size, out_size in zip(x_shape[1:3], gradient.shape[1:3], strict=True):
-        dilated = (out_size - 1) * stride + 1
-        edges.append((low, in_size + size - 1 - low - dilated, stride - 1))
-    dilated = lax.pad(gradient, jnp.zeros((), gradient.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
-    return _weighted_taps(dilated, kernel[::-1, ::-1], 1, x_shape[1:3])
 
 
 # Positions that one turn of the loop over a depthwise kernel's gradient sums in registers: enough
@@ -176,31 +195,36 @@ def _depthwise_input_gradient(gradient, kernel, stride, x_shape):
 _POSITIONS_A_TURN = 16
 
 
-def _depthwise_kernel_gradient(x, gradient, kernel_size, stride):
+def _depthwise_kernel_gradient(padded, spread, edge, stride, out_size, kernel_size):
     """[k, k, C] float32, rows after rows of every image.
 
     What some rows add is one loop over [k, k, C] that sums over their positions in registers and
     reads nothing twice from memory. Multiplying whole maps tap by tap, and summing after that,
     takes 3 to 6 times as long.
+
+    Args:
+      padded: the input [B, H + k - 1, W + k - 1, C].
+      spread: the outputs' gradient, `stride` apart and behind `edge` zeros.
+      out_size: rows and columns of that gradient.
     """
-    batch, height, width, channels = gradient.shape
-    padded = _pad(x, kernel_size // 2)
+    height, width = out_size
+    channels = padded.shape[-1]
     rows = max(1, min(height, _POSITIONS_A_TURN // width))
     rows = next(count for count in range(rows, 0, -1) if height % count == 0)
     turns = height // rows
-    seen = kernel_size + (rows - 1) * stride  # Rows of x under so many rows of the kernel.
+
+    # Without JAX's care for indices below zero, a third of the loop's text.
+    cut = functools.partial(lax.dynamic_slice, allow_negative_indices=False)
 
     def add_rows(total, turn):
-        image, first = turn // turns, turn % turns * rows
-        window = (1, seen, padded.shape[2], channels)
-        under = lax.dynamic_slice(padded, (image, first * stride, 0, 0), window)[0]
-        over = lax.dynamic_slice(gradient, (image, first, 0, 0), (1, rows, width, channels))[0]
-        under, over = under.astype(jnp.float32), over.astype(jnp.float32)
+        image, first = turn // turns, turn % turns * rows * stride
         for row, column in itertools.product(range(rows), range(width)):
-            top, left = row * stride, column * stride
-            patch = under[top : top + kernel_size, left : left + kernel_size]
-            total = total + patch * over[row, column]
+            top, left = first + row * stride, column * stride
+            under = (image, top, left, 0), (1, kernel_size, kernel_size, channels)
+            over = (image, edge + top, edge + left, 0), (1, 1, 1, channels)
+            patch = cut(padded, *under)[0].astype(jnp.float32)
+            total = total + patch * cut(spread, *over)[0].astype(jnp.float32)
         return total, None
 
     zeros = jnp.zeros((kernel_size, kernel_size, channels), jnp.float32)
-    return lax.scan(add_rows, zeros, jnp.arange(batch * turns))[0]
+    return lax.scan(add_rows, zeros, jnp.arange(padded.shape[0] * turns))[0]

@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 _CPU_INFO = pathlib.Path("/proc/cpuinfo")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 # Options of glibc's mallopt, from <malloc.h>.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 # Threads of XLA's own pool; read when the backend starts.
 _POOL_VARIABLE = "NPROC"
 # The C library where it is glibc, whose options and functions of its own are used here.
@@ -122,6 +122,7 @@ def _keep_freed_memory() -> None:
     if _libc is not None:
         _libc.mallopt(_MMAP_MAX, 0)
         _libc.mallopt(_TRIM_THRESHOLD, -1)  # Never trims.
+        _libc.mallopt(_ARENA_MAX, 1)  # Other threads' arenas give back whole heaps all the same.
 
 
 def release_memory() -> None:

@@ -5,7 +5,6 @@ the batch norm is an affine map of the convolution's output, so it is folded int
 once; the supernet, the skipping execution and the latency table all run the same folded form.
 """
 
-import functools
 from typing import Any, Literal
 
 import jax
@@ -14,25 +13,18 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from instanas_jax import convolution
+from instanas_jax import batch_norm, convolution
+from instanas_jax.batch_norm import EPSILON, Activation, activate
 
 ConvKind = Literal["dense", "pointwise", "depthwise"]
-Activation = Literal["none", "relu", "relu6"]
 Folded = dict[str, Any]
 
-EPSILON = 1e-5
 MOMENTUM = 0.1
+# Outputs for each input from which a product's moments are taken from its input's.
+_WIDENS_BY = 3
 
 # The channels of a layer that run, as (start, stop) ranges; None for all of them.
 Kept = tuple[tuple[int, int], ...] | None
-
-
-def activate(x: jax.Array, activation: Activation) -> jax.Array:
-    if activation == "relu":
-        return jnp.maximum(x, 0.0)
-    if activation == "relu6":
-        return jnp.clip(x, 0.0, 6.0)
-    return x
 
 
 def _convolve(
@@ -65,6 +57,8 @@ class ConvBatchNorm(nn.Module):
       activation: applied last.
       kept: output channels that are computed; the others' parameters exist, unused. A
         depthwise layer's input holds the kept channels alone.
+      parts: of a widening pointwise layer, channels of each of several outputs, in place of one
+        that would be cut.
       lowering: see `convolution`.
       axis_name: the device axis over which statistics are averaged, if any.
     """
@@ -75,6 +69,7 @@ class ConvBatchNorm(nn.Module):
     stride: int = 1
     activation: Activation = "relu"
     kept: Kept = None
+    parts: tuple[int, ...] = ()
     lowering: convolution.Lowering = "native"
     axis_name: str | None = None
 
@@ -86,23 +81,39 @@ class ConvBatchNorm(nn.Module):
         return (self.kernel_size, self.kernel_size, in_channels, self.channels)
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C_in] to [B, H', W', channels that are kept]."""
+    def __call__(self, x: jax.Array) -> Any:
+        """[B, H, W, C_in] to [B, H', W', channels that are kept], or a list of them by `parts`."""
         zeros, ones = nn.initializers.zeros, nn.initializers.ones  # See `initialise`.
-        kernel = self.param("kernel", zeros, self._kernel_shape(x.shape[-1]))
+        kernel = keep(self.param("kernel", zeros, self._kernel_shape(x.shape[-1])), self.kept)
         scale = keep(self.param("scale", ones, (self.channels,)), self.kept)
         bias = keep(self.param("bias", zeros, (self.channels,)), self.kept)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (self.channels,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (self.channels,))
 
-        kernel = keep(kernel, self.kept)
-        y = _convolve(x, kernel, kind=self.kind, stride=self.stride, lowering=self.lowering)
-        normalised, mean, var = _batch_norm(  # pyright: ignore[reportGeneralTypeIssues]
-            y, scale, bias, self.activation, self.axis_name
-        )
+        end = (self.activation, self.axis_name)
+        if self.kind == "pointwise" and kernel.shape[-1] >= _WIDENS_BY * kernel.shape[0]:
+            weights = (split(array, self.parts) for array in (kernel, scale, bias))
+            outputs, *moments = zip(
+                *(
+                    batch_norm.product_batch_norm(x[:, :: self.stride, :: self.stride], *part, *end)
+                    for part in zip(*weights, strict=True)
+                ),
+                strict=True,
+            )
+            mean, var = (jnp.concatenate(part) for part in moments)
+        else:
+            y = _convolve(x, kernel, kind=self.kind, stride=self.stride, lowering=self.lowering)
+            output, mean, var = batch_norm.batch_norm(y, scale, bias, *end)  # pyright: ignore
+            outputs = split(output, self.parts)
         running_mean.value = _towards(mean, running_mean.value, self.kept)
         running_var.value = _towards(var, running_var.value, self.kept)
-        return normalised
+        return list(outputs) if self.parts else outputs[0]
+
+
+def split(array: jax.Array, channels: tuple[int, ...]) -> list[jax.Array]:
+    """Cuts of the last axis; all of it where there are no numbers. The gradient of `lax.split` is
+    laid out side by side; that of slices is a sum of padded parts."""
+    return list(lax.split(array, channels, axis=array.ndim - 1)) if channels else [array]
 
 
 def keep(array: jax.Array, kept: Kept) -> jax.Array:
@@ -161,79 +172,6 @@ def initialise(key: jax.Array, shapes: Any, *, linear_gain: float = 1.0) -> Any:
         return filled
 
     return fill(shapes)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _batch_norm(
-    y: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    activation: Activation,
-    axis_name: str | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Batch norm over the global batch, and the activation after it.
-
-    Its gradient is written out: two sums over positions and one loop, where differentiating the
-    moments leaves four loops to compile and to run. Sums are float32. No gradient flows through
-    the moments that are returned.
-
-    Args:
-      y: [B, H, W, C].
-      scale, bias: [C].
-
-    Returns:
-      [B, H, W, C], and the batch's mean and unbiased variance, [C] float32.
-    """
-    return _batch_norm_forward(y, scale, bias, activation, axis_name)[0]
-
-
-def _sums(x: jax.Array) -> jax.Array:
-    return jnp.sum(x, axis=(0, 1, 2))
-
-
-def _over_devices(sums: Any, axis_name: str | None) -> Any:
-    return sums if axis_name is None else lax.psum(sums, axis_name)
-
-
-def _together(rows: list[jax.Array]) -> jax.Array:
-    """[rows, C] by one small loop, rather than by one a row."""
-    return lax.optimization_barrier(jnp.stack(rows))
-
-
-def _batch_norm_forward(y, scale, bias, activation, axis_name):
-    exact = y.astype(jnp.float32)
-    sums, square_sums = _over_devices((_sums(exact), _sums(exact * exact)), axis_name)
-    count = y.size // y.shape[-1] * (1 if axis_name is None else lax.axis_size(axis_name))
-    mean = sums / count
-    var = jnp.maximum(square_sums / count - mean * mean, 0.0)
-    inverse = lax.rsqrt(var + EPSILON)
-    gain = scale * inverse
-    rows = _together([mean, var * (count / max(count - 1, 1)), inverse, gain, bias - mean * gain])
-    mean, unbiased, _, gain, shift = rows
-    normalised = y * gain.astype(y.dtype) + shift.astype(y.dtype)
-    return (activate(normalised, activation), mean, unbiased), (y, rows, count)
-
-
-def _batch_norm_backward(activation, axis_name, residuals, gradients):
-    y, rows, count = residuals
-    mean, _, inverse, gain, shift = rows
-    gradient = gradients[0]
-    if activation != "none":
-        normalised = y * gain.astype(y.dtype) + shift.astype(y.dtype)
-        passes = normalised > 0.0
-        if activation == "relu6":
-            passes &= normalised < 6.0
-        gradient = jnp.where(passes, gradient, 0.0)
-    exact, centred = gradient.astype(jnp.float32), y.astype(jnp.float32) - mean
-    of_bias, of_scale = _sums(exact), _sums(exact * centred)
-    # Each device's loss reaches every device's y through the moments.
-    whole_bias, whole_scale = _over_devices((of_bias, of_scale), axis_name)
-    offset, slope = _together([whole_bias / count, inverse * inverse * whole_scale / count])
-    y_gradient = gain * (exact - offset - slope * centred)
-    return y_gradient.astype(y.dtype), of_scale * inverse, of_bias
-
-
-_batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 
 def fold(params: dict[str, Any], batch_stats: dict[str, Any]) -> Folded:

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax import lax
 
 from instanas_jax import convolution, layers
 from instanas_jax.layers import ConvBatchNorm, Folded, conv_bias
@@ -35,11 +34,27 @@ def _hidden(cell: CellSpec, op: int) -> int:
     return cell.in_channels * CANDIDATE_OPS[op].expansion
 
 
+def _width(cell: CellSpec, ops: tuple[int, ...]) -> int:
+    return sum(_hidden(cell, op) for op in ops)
+
+
 def _ranges(cell: CellSpec, ops: tuple[int, ...]) -> dict[int, tuple[int, int]]:
     """Range of channels (start, stop) of each op where `ops` lie side by side."""
     stops = list(itertools.accumulate(_hidden(cell, op) for op in ops))
     starts = [0, *stops[:-1]]
     return {op: (start, stop) for op, start, stop in zip(ops, starts, stops, strict=True)}
+
+
+def _kept(cell: CellSpec, ops: tuple[int, ...], running: tuple[int, ...]) -> layers.Kept:
+    """The channels of some ops where `ops` lie side by side, neighbours as one range: every range
+    is cut and laid side by side anew, a small program each, in both directions."""
+    ranges = _ranges(cell, ops)
+    merged: list[tuple[int, int]] = []
+    for start, stop in (ranges[op] for op in running):
+        if merged and merged[-1][1] == start:
+            start = merged.pop()[0]
+        merged.append((start, stop))
+    return None if running == ops else tuple(merged)
 
 
 def _project_name(op: int) -> str:
@@ -89,29 +104,31 @@ class Cell(nn.Module):
         cell, enabled = self.cell, [op for op in MBCONV_OPS if op in self.enabled]
         if not enabled:
             return {}
-        all_ranges = _ranges(cell, MBCONV_OPS)
-        kept = tuple(all_ranges[op] for op in enabled)
-        width = all_ranges[MBCONV_OPS[-1]][1]
-        hidden = ConvBatchNorm("pointwise", width, kept=kept, name="expand", **self._common())(x)
         groups = [
-            (kernel, running, _ranges(cell, group))
+            (kernel, running, group)
             for kernel, group in _KERNELS
             if (running := tuple(op for op in group if op in enabled))
         ]
-        # Splits, whose gradient is laid out side by side; that of slices is a sum of padded parts.
-        parts = _split(hidden, [sum(_hidden(cell, op) for op in ops) for _, ops, _ in groups])
+        expanded = ConvBatchNorm(
+            "pointwise",
+            _width(cell, MBCONV_OPS),
+            kept=_kept(cell, MBCONV_OPS, tuple(enabled)),
+            parts=tuple(_width(cell, running) for _, running, _ in groups),
+            name="expand",
+            **self._common(),
+        )(x)
         outputs = {}
-        for (kernel, running, ranges), part in zip(groups, parts, strict=True):
+        for (kernel, running, group), part in zip(groups, expanded, strict=True):
             y = ConvBatchNorm(
                 "depthwise",
-                max(stop for _, stop in ranges.values()),
+                _width(cell, group),
                 kernel,
                 cell.stride,
-                kept=tuple(ranges[op] for op in running),
+                kept=_kept(cell, group, running),
                 name=f"depthwise_k{kernel}",
                 **self._common(),
             )(part)
-            pieces = _split(y, [_hidden(cell, op) for op in running])
+            pieces = layers.split(y, tuple(_hidden(cell, op) for op in running))
             for op, piece in zip(running, pieces, strict=True):
                 outputs[op] = ConvBatchNorm(
                     "pointwise",
@@ -131,10 +148,6 @@ class Cell(nn.Module):
         return ConvBatchNorm(
             "dense", channels, 3, activation="relu6", name="basic_second", **self._common()
         )(y)
-
-
-def _split(x: jax.Array, channels: list[int]) -> list[jax.Array]:
-    return list(lax.split(x, channels, axis=x.ndim - 1))
 
 
 def _per_image(values: jax.Array) -> jax.Array:

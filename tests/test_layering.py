@@ -27,6 +27,7 @@ LAYERS = {
         "streaming",
         "augment",
         "convolution",
+        "batch_norm",
         "environment",
     },
     2: {"layers", "ops", "controller", "supernet"},

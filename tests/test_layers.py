@@ -1,13 +1,11 @@
 """Batch norm's statistics by hand, in training and folded; fresh weights."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instanas_jax import layers
+from instanas_jax import batch_norm, layers
 from instanas_jax.layers import ConvBatchNorm
 
 # One channel, four values: mean 3, biased variance (4 + 1 + 0 + 9) / 4 = 3.5, unbiased 14 / 3.
@@ -61,9 +59,9 @@ class TestTraining:
 
     def test_activations(self):
         x = jnp.array([-1.0, 0.5, 7.0])
-        np.testing.assert_array_equal(layers.activate(x, "none"), [-1.0, 0.5, 7.0])
-        np.testing.assert_array_equal(layers.activate(x, "relu"), [0.0, 0.5, 7.0])
-        np.testing.assert_array_equal(layers.activate(x, "relu6"), [0.0, 0.5, 6.0])
+        np.testing.assert_array_equal(batch_norm.activate(x, "none"), [-1.0, 0.5, 7.0])
+        np.testing.assert_array_equal(batch_norm.activate(x, "relu"), [0.0, 0.5, 7.0])
+        np.testing.assert_array_equal(batch_norm.activate(x, "relu6"), [0.0, 0.5, 6.0])
 
     def test_one_value_a_channel_has_no_unbiased_variance_and_stays_finite(self):
         module = ConvBatchNorm("pointwise", 1, activation="none")
@@ -124,54 +122,6 @@ class TestKept:
         array = jnp.arange(12).reshape(2, 6)
         np.testing.assert_array_equal(layers.keep(array, self.KEPT), [[1, 3, 4], [7, 9, 10]])
         np.testing.assert_array_equal(layers.keep(array, None), array)
-
-
-def plain_batch_norm(y, scale, bias, activation):
-    """What JAX would differentiate by itself."""
-    mean = jnp.mean(y, axis=(0, 1, 2))
-    var = jnp.mean((y - mean) ** 2, axis=(0, 1, 2))
-    return layers.activate((y - mean) / jnp.sqrt(var + layers.EPSILON) * scale + bias, activation)
-
-
-@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
-class TestGradient:
-    def loss_of(self, batch_norm):
-        weights = jax.random.normal(jax.random.key(1), (6, 3, 3, 4))
-        return lambda *inputs, part=weights: jnp.sum(batch_norm(*inputs) * part)
-
-    def inputs(self):
-        layer = random_layer(ConvBatchNorm("pointwise", 4), (4, 4))["params"]
-        y = 5.0 + 3.0 * jax.random.normal(jax.random.key(0), (6, 3, 3, 4))
-        return y, 3.0 * layer["scale"], layer["bias"]
-
-    def test_is_the_one_of_differentiated_moments(self, activation):
-        ours = self.loss_of(lambda *inputs: layers._batch_norm(*inputs, activation, None)[0])
-        plain = self.loss_of(lambda *inputs: plain_batch_norm(*inputs, activation))
-        actual = jax.grad(ours, argnums=(0, 1, 2))(*self.inputs())
-        expected = jax.grad(plain, argnums=(0, 1, 2))(*self.inputs())
-        for one, other in zip(actual, expected, strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
-
-    def test_reaches_over_devices(self, activation):
-        """Two shards: each loss pulls at the other's values too; of parameters, each has its own
-        part of the sum."""
-        y, scale, bias = self.inputs()
-        weights = jax.random.normal(jax.random.key(1), y.shape)
-
-        def shard_loss(y, scale, bias, part):
-            return jnp.sum(layers._batch_norm(y, scale, bias, activation, "devices")[0] * part)
-
-        split = functools.partial(jnp.reshape, shape=(2, 3, *y.shape[1:]))
-        y_gradient, *of_params = jax.vmap(
-            jax.grad(shard_loss, argnums=(0, 1, 2)),
-            in_axes=(0, None, None, 0),
-            axis_name="devices",
-        )(split(y), scale, bias, split(weights))
-        plain = self.loss_of(lambda *inputs: plain_batch_norm(*inputs, activation))
-        expected = jax.grad(plain, argnums=(0, 1, 2))(y, scale, bias)
-        np.testing.assert_allclose(y_gradient.reshape(y.shape), expected[0], rtol=1e-4, atol=1e-4)
-        for one, other in zip(of_params, expected[1:], strict=True):
-            np.testing.assert_allclose(one.sum(0), other, rtol=1e-4, atol=1e-4)
 
 
 class TestFold:
