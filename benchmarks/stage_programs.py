@@ -18,6 +18,7 @@ from instanas_jax import (
     cost,
     data,
     data_sources,
+    feeding,
     latency,
     parallel,
     policy,
@@ -158,7 +159,7 @@ class Runner:
         self._update = parallel.compile_step(subject.phase.update)
         self._host_state = train_state.ravel(state)
         self._batches = batches(dataset, batch_size=batch_size)
-        self._batch = parallel.shard(next(self._batches))
+        self._batch = next(self._batches)
         self.state = parallel.replicate(self._host_state)
         self.inputs: Any = None
 
@@ -177,7 +178,7 @@ class Runner:
 
     def host_batch(self) -> None:
         """The next batch, shared out to devices."""
-        self._batch = parallel.shard(next(self._batches))
+        self._batch = next(self._batches)
 
     def prepare(self) -> Any:
         self.inputs = jax.block_until_ready(self._prepare(self.state, self._batch))
@@ -189,10 +190,10 @@ class Runner:
         return metrics
 
 
-def batches(dataset: data.Dataset, *, batch_size: int) -> Iterator[data.Batch]:
-    """Batches as a stage reads them, without an end."""
+def batches(dataset: data.Dataset, *, batch_size: int) -> Iterator[Any]:
+    """Batches on the devices as a stage reads them, without an end."""
     for first in itertools.count(step=_EPOCH_STEPS):
-        yield from data.train_batches(
+        yield from feeding.train_batches(
             dataset.train,
             batch_size=batch_size,
             seed=0,

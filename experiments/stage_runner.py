@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from instanas_jax import checkpoint, data, metrics, parallel, train_loop, train_state
+from instanas_jax import checkpoint, data, feeding, metrics, parallel, train_loop, train_state
 from instanas_jax.stage import Stage
 from instanas_jax.train_state import TrainState
 
@@ -55,13 +55,12 @@ def run_stage(
     host_state, seconds = saved["state"], float(saved["seconds"])
 
     order_seed = zlib.crc32(f"{batches_named or stage.name}/{seed}".encode())
-    batches = data.train_batches(
+    batches = feeding.train_batches(
         images,
         batch_size=batch_size,
         seed=order_seed,
         start_step=done,
         num_steps=total_steps - done,
-        share=parallel.share(batch_size),
     )
     logged: dict[int, int] = {}  # For each phase, the last stretch of `log_steps` with a row.
     started = time.perf_counter()

@@ -149,21 +149,42 @@ def product_batch_norm(
     return _product_forward(x, kernel, scale, bias, activation, axis_name)[0]
 
 
+def _extra_inputs(channels: int, dtype: Any) -> int:
+    """Inputs beside x: one that is 1 everywhere, whose weight is the shift, which so needs no loop
+    of its own; and zeros up to what the matrix units of accelerators want in bfloat16."""
+    return 1 + (-(channels + 1) % 8 if dtype == jnp.bfloat16 else 0)
+
+
+def _with_ones(x: jax.Array) -> jax.Array:
+    extra = _extra_inputs(x.shape[-1], x.dtype)
+    ones = jnp.broadcast_to(jnp.eye(1, extra, dtype=x.dtype)[0], (*x.shape[:-1], extra))
+    return jnp.concatenate([x, ones], axis=-1)
+
+
+def _with_shift(kernel: jax.Array, shift: jax.Array, dtype: Any) -> jax.Array:
+    """Weights [I + extra, O] of what `_with_ones` gives."""
+    extra = _extra_inputs(len(kernel), dtype)
+    return jnp.concatenate([kernel, jnp.pad(shift[None], ((0, extra - 1), (0, 0)))]).astype(dtype)
+
+
+# Of moments, which accelerators would else round to 10 bits.
+_exactly = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
 def _product_forward(x, kernel, scale, bias, activation, axis_name):
     count = _global_count(x, axis_name)
     exact = x.astype(jnp.float32)
     x_mean = _over_devices(_sums(exact), axis_name) / count
     centred = (exact - x_mean).reshape(-1, x.shape[-1])
-    covariance = _over_devices(centred.T @ centred, axis_name) / count
-    towards = covariance @ kernel  # [I, O]
-    mean, var = x_mean @ kernel, jnp.maximum(jnp.sum(kernel * towards, axis=0), 0.0)
+    covariance = _over_devices(_exactly(centred.T, centred), axis_name) / count
+    towards = _exactly(covariance, kernel)  # [I, O]
+    mean, var = _exactly(x_mean, kernel), jnp.maximum(jnp.sum(kernel * towards, axis=0), 0.0)
     inverse = lax.rsqrt(var + EPSILON)
     gain = scale * inverse
     rows = [mean, var * _unbiased(count), inverse, gain, bias - mean * gain]
     mean, unbiased, inverse, gain, shift = rows = _together(rows)
-    # The shift as the weight of an input that is 1 everywhere: no loop of its own.
-    weights = jnp.concatenate([kernel * gain, shift[None]]).astype(x.dtype)
-    inputs = convolution.in_parts(jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1))
+    weights = _with_shift(kernel * gain, shift, x.dtype)
+    inputs = convolution.in_parts(_with_ones(x))
     normalised = convolution.parts_product(inputs, weights).reshape(*x.shape[:3], -1)
     moments = (x_mean, towards, rows, count)
     return (
@@ -177,19 +198,21 @@ def _product_backward(activation, axis_name, residuals, gradients):
     mean, _, inverse, gain, _ = rows
     gradient = convolution.in_parts(_through_activation(gradients[0], normalised, activation))
     of_weights = convolution.parts_kernel_gradient(inputs, gradient).astype(jnp.float32)
-    of_kernel, of_shift = of_weights[:-1], of_weights[-1]
+    channels = len(kernel)
+    of_kernel, of_shift = of_weights[:channels], of_weights[channels]
     # weights = kernel * gain, shift = bias - mean * gain, gain = scale / sqrt(var + EPSILON).
     of_gain = jnp.sum(of_kernel * kernel, axis=0) - of_shift * mean
     of_mean = -of_shift * gain
     of_var = -0.5 * of_gain * scale * inverse**3
     kernel_gradient = of_kernel * gain + x_mean[:, None] * of_mean + 2.0 * towards * of_var
     # Each device's loss reaches every device's x through its moments.
-    of_covariance = (kernel * of_var) @ kernel.T  # [I, I]
-    of_x_mean, of_covariance = _over_devices((kernel @ of_mean, of_covariance), axis_name)
+    of_covariance = _exactly(kernel * of_var, kernel.T)  # [I, I]
+    of_x_mean = _exactly(kernel, of_mean)
+    of_x_mean, of_covariance = _over_devices((of_x_mean, of_covariance), axis_name)
     spread = 2.0 * of_covariance / count
-    offset = of_x_mean / count - x_mean @ spread
-    by_moments = jnp.concatenate([spread, offset[None]]).astype(inputs.dtype)
-    x_gradient = convolution.parts_product(gradient, weights[:-1].T)
+    offset = of_x_mean / count - _exactly(x_mean, spread)
+    by_moments = _with_shift(spread, offset, inputs.dtype)
+    x_gradient = convolution.parts_product(gradient, weights[:channels].T)
     x_gradient += convolution.parts_product(inputs, by_moments)
     x_gradient = x_gradient.reshape(*normalised.shape[:3], -1)
     return x_gradient, kernel_gradient, of_gain * inverse, of_shift

@@ -17,7 +17,7 @@ import numpy as np
 from instanas_jax import data_sources, image_sets
 from instanas_jax.data_sources import Source
 from instanas_jax.errors import InputError
-from instanas_jax.image_sets import Images, ImageSet, Rows, Stream
+from instanas_jax.image_sets import Images, ImageSet, Rows, Schedule, Stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,11 +156,31 @@ def train_batches(
       InputError: batch_size is not between 1 and the number of images; while iterating: an image
         cannot be read.
     """
-    # Checked here, not in the generator, so that a mistake shows at the call.
+    schedule = train_schedule(
+        images,
+        batch_size=batch_size,
+        seed=seed,
+        start_step=start_step,
+        num_steps=num_steps,
+        share=share,
+    )
+    return _batches(images, schedule, len(range(batch_size)[share]))
+
+
+def train_schedule(
+    images: Images,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    num_steps: int,
+    share: slice = slice(None),
+) -> Schedule:
+    """Which images stand in the batches of `train_batches`."""
+    # Checked here, not when a batch is asked for, so that a mistake shows at the call.
     steps_per_epoch(len(images), batch_size)
     rows = np.arange(batch_size)[share]
-    schedule = _Training(len(images), batch_size, rows, seed, start_step, num_steps)
-    return _batches(images, schedule, len(rows))
+    return _Training(len(images), batch_size, rows, seed, start_step, num_steps)
 
 
 def eval_batches(
@@ -227,9 +247,7 @@ class _Evaluation:
         return Rows(indices[indices < self.num_examples])
 
 
-def _batches(
-    images: Images, schedule: image_sets.Schedule, rows: int
-) -> Generator[Batch, None, None]:
+def _batches(images: Images, schedule: Schedule, rows: int) -> Generator[Batch, None, None]:
     with contextlib.closing(images.read(schedule)) as chosen:
         for part in chosen:
             yield _batch(part, rows)

@@ -113,6 +113,12 @@ def device_count() -> int:
     return jax.device_count()
 
 
+def memory_bytes() -> int | None:
+    """Memory of one accelerator; None where devices are the host's processors."""
+    device = jax.local_devices()[0]
+    return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
+
+
 def axis_name() -> str | None:
     """The axis over which programs average, or None for one device, where XLA would keep averages
     of one: 160 in the supernet's update, an eighth of its compile time."""

@@ -19,7 +19,7 @@ def run(
     Args:
       stage: what to run.
       state: replicated; its buffers are taken over.
-      batches: on the host, one an update: of each global batch what `parallel.share` says.
+      batches: on the devices, one an update; see `feeding`.
       first_step: number of updates that `state` has behind it.
 
     Yields:
@@ -28,7 +28,7 @@ def run(
     programs = _programs(stage)
     for done, batch in enumerate(batches, start=first_step):
         prepare, update = programs[stage.phase_at(done)]
-        state, metrics = update(state, prepare(state, parallel.shard(batch)))
+        state, metrics = update(state, prepare(state, batch))
         yield done + 1, state, metrics
 
 
@@ -37,7 +37,7 @@ def compile_ahead(stage: Stage, state: TrainState, batch: Any) -> None:
 
     Args:
       state: raveled, on the host; its values are not looked at.
-      batch: one of the batches on the host, likewise.
+      batch: on the host, the rows of this process; likewise.
     """
     shapes = parallel.replicated_shapes(state)
     for prepare, update in _programs(stage):

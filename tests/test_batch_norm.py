@@ -103,3 +103,17 @@ def test_second_derivatives_follow_and_forward_mode_is_refused(form):
             (INPUTS["scale"],),
             (INPUTS["scale"],),
         )
+
+
+def test_bfloat16_products_are_of_whole_tiles_and_as_exact_as_it_is():
+    x = INPUTS["x"].astype(jnp.bfloat16)
+    rest = list(INPUTS.values())[1:]
+    text = jax.jit(lambda *inputs: batch_norm.product_batch_norm(*inputs, "relu", None)).lower(
+        x, *rest
+    )
+    assert "8x12xbf16" in text.as_text()  # Four inputs, the ones and three of zeros.
+    ours = batch_norm.product_batch_norm(x, *rest, "relu", None)[0]
+    exact = plain(x.astype(jnp.float32), *rest, "relu", None)[0]
+    assert ours.dtype == jnp.bfloat16
+    difference = jnp.linalg.norm(ours.astype(jnp.float32) - exact)
+    assert 1e-5 < difference / jnp.linalg.norm(exact) < 0.02

@@ -44,7 +44,7 @@ LAYERS = {
         "packing",
         "static_nas",
     },
-    4: {"parallel", "train_loop", "checkpoint"},
+    4: {"parallel", "feeding", "train_loop", "checkpoint"},
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 NEVER = {"absl", "experiments", "benchmarks", "tensorflow"}

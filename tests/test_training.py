@@ -332,7 +332,7 @@ def test_what_compiles_ahead_is_what_runs():
     programs = [parallel.compile_map(prepare), parallel.compile_step(update)]
     train_loop.compile_ahead(stage, state, batch)
     compiled = [dict(program._compiled) for program in programs]
-    ((done, after, _),) = train_loop.run(stage, parallel.replicate(state), [batch])
+    ((done, after, _),) = train_loop.run(stage, parallel.replicate(state), [parallel.shard(batch)])
     assert done == 1
     # Each of four devices holds two of the eight rows of two ones.
     assert float(parallel.unreplicate(after)["total"]) == 5.0
