@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments import recipe
-from experiments.config import DataConfig, FinetuneConfig, PretrainConfig, SearchConfig
+from experiments.config import Config, FinetuneConfig, ModelConfig, PretrainConfig, SearchConfig
 from instanas_jax import (
     convolution,
     cost,
@@ -51,16 +50,8 @@ def make_setting(
     spec: SupernetSpec, dataset: data.Dataset, *, lowering: convolution.Lowering, dtype: str
 ) -> Setting:
     """As a run's, with its default augmentation."""
-    return Setting(
-        spec=spec,
-        mean=dataset.mean,
-        std=dataset.std,
-        augmentation=DataConfig().augmentation,
-        seed=0,
-        lowering=lowering,
-        dtype=jnp.dtype(dtype),
-        axis_name=parallel.axis_name(),
-    )
+    config = Config(dataset.name, model=ModelConfig(dtype=dtype))
+    return recipe.make_setting(config, spec, dataset, lowering=lowering)
 
 
 def counted_table(spec: SupernetSpec) -> latency.LatencyTable:

@@ -7,7 +7,6 @@ import string
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments import evaluation, recipe, results, stage_runner, timing
@@ -15,7 +14,6 @@ from experiments.config import Config, FinetuneConfig, PretrainConfig, SearchCon
 from experiments.workdir import Workdir
 from instanas_jax import (
     controller,
-    convolution,
     data,
     environment,
     latency,
@@ -27,7 +25,7 @@ from instanas_jax import (
     train_state,
 )
 from instanas_jax.errors import InputError
-from instanas_jax.stage import Setting, Stage
+from instanas_jax.stage import Stage
 from instanas_jax.train_state import TrainState
 
 
@@ -86,17 +84,7 @@ class Pipeline:
                 f"--preset={self.spec.name} reads images of {self.spec.image_size} pixels, "
                 f"{dataset.name} has {dataset.image_size}: choose another preset"
             )
-        self.setting = Setting(
-            spec=self.spec,
-            mean=dataset.mean,
-            std=dataset.std,
-            augmentation=config.data.augmentation,
-            seed=config.run.seed,
-            lowering=convolution.default_lowering(),
-            dtype=jnp.dtype(config.model.dtype),
-            axis_name=parallel.axis_name(),
-            remat=config.run.remat,
-        )
+        self.setting = recipe.make_setting(config, self.spec, dataset)
         self._check_batches()
         self.table = parallel.from_first(
             lambda: self._latency_table(table_path, allow_foreign_table)

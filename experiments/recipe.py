@@ -1,13 +1,45 @@
 """From configuration to stages: how flags' shares and names become steps, bounds and rates."""
 
+import jax.numpy as jnp
 import numpy as np
 
-from experiments.config import FinetuneConfig, PretrainConfig, SearchConfig
-from instanas_jax import data, latency, optimizers, policy, search, search_space, stages
+from experiments.config import Config, FinetuneConfig, PretrainConfig, SearchConfig
+from instanas_jax import (
+    convolution,
+    data,
+    latency,
+    optimizers,
+    parallel,
+    policy,
+    search,
+    search_space,
+    stages,
+)
 from instanas_jax.search_space import SupernetSpec
 from instanas_jax.stage import Setting, Stage
 
 _START_OP_KEEP = 0.6  # Greedy masks begin with the start op, samples often without it.
+
+
+def make_setting(
+    config: Config,
+    spec: SupernetSpec,
+    dataset: data.Dataset,
+    *,
+    lowering: convolution.Lowering | None = None,
+) -> Setting:
+    """What all stages of a run share; `lowering` is the platform's by default."""
+    return Setting(
+        spec=spec,
+        mean=dataset.mean,
+        std=dataset.std,
+        augmentation=config.data.augmentation,
+        seed=config.run.seed,
+        lowering=lowering or convolution.default_lowering(),
+        dtype=jnp.dtype(config.model.dtype),
+        axis_name=parallel.axis_name(),
+        remat=config.run.remat,
+    )
 
 
 def stage_steps(epochs: float, *, images: int, batch_size: int) -> int:

@@ -1,14 +1,13 @@
 """Where images come from: prepared TFDS folders, scikit-learn's digits, and a synthetic set."""
 
 import dataclasses
-import io
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from instanas_jax import prepared, streaming
+from instanas_jax import decoding, prepared, streaming
 from instanas_jax.errors import InputError
 from instanas_jax.image_sets import Images, ImageSet
 
@@ -77,7 +76,7 @@ def tfds_source(
         try:
             records = opened.splits[split].__getitems__(indices.tolist()) if len(indices) else []
             # A fifth quicker than decoding inside TFDS; threads do not help further.
-            images = [_decode_png(record["image"]) for record in records]
+            images = [np.asarray(decoding.decode(record["image"])) for record in records]
             labels = [int(record["label"]) for record in records]
             return _image_set(images, labels)
         except Exception as error:
@@ -203,8 +202,3 @@ def in_memory(name: str, class_names: tuple[str, ...], train: ImageSet, test: Im
 def _image_set(images: list[np.ndarray], labels: list[int]) -> ImageSet:
     stacked = np.stack(images) if images else np.zeros((0, 0, 0, 3), np.uint8)
     return ImageSet(stacked, np.array(labels, np.int32))
-
-
-def _decode_png(encoded: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(encoded)) as image:
-        return np.asarray(image.convert("RGB"))

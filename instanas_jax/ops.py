@@ -48,13 +48,15 @@ def _ranges(cell: CellSpec, ops: tuple[int, ...]) -> dict[int, tuple[int, int]]:
 def _kept(cell: CellSpec, ops: tuple[int, ...], running: tuple[int, ...]) -> layers.Kept:
     """The channels of some ops where `ops` lie side by side, neighbours as one range: every range
     is cut and laid side by side anew, a small program each, in both directions."""
+    if running == ops:
+        return None
     ranges = _ranges(cell, ops)
     merged: list[tuple[int, int]] = []
     for start, stop in (ranges[op] for op in running):
         if merged and merged[-1][1] == start:
             start = merged.pop()[0]
         merged.append((start, stop))
-    return None if running == ops else tuple(merged)
+    return tuple(merged)
 
 
 def _project_name(op: int) -> str:
