@@ -96,7 +96,7 @@ class Cell(nn.Module):
         total = jnp.asarray(_pass_through(self.cell, x, mask, identity))
         for op, y in outputs.items():
             total = total + jnp.where(_per_image(mask[:, op]) > 0.5, y, 0.0)
-        return _joined(total, mask, self.join)
+        return layers.made_once(_joined(total, mask, self.join), self.lowering)
 
     def _common(self) -> dict:
         return {"lowering": self.lowering, "axis_name": self.axis_name}
