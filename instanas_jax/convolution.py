@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from instanas_jax import fusion
+
 Lowering = Literal["shifted", "native"]
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -158,8 +160,7 @@ def _pad(x: jax.Array, pad: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _depthwise_shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    # The barrier keeps what makes x, and the padding, out of the loop: it would run once a tap.
-    padded = lax.optimization_barrier(_pad(x, kernel.shape[0] // 2))
+    padded = fusion.made_once(_pad(x, kernel.shape[0] // 2))
     return _weighted_taps(padded, kernel, stride, _out_size(x, stride))
 
 
@@ -177,8 +178,7 @@ def _depthwise_backward(stride, residuals, gradient):
         for in_size, out_size in zip(x.shape[1:3], gradient.shape[1:3], strict=True)
     )
     padding = [(0, 0, 0), *((edge, end, stride - 1) for end in ends), (0, 0, 0)]
-    spread = lax.pad(gradient, jnp.zeros((), gradient.dtype), padding)
-    spread = lax.optimization_barrier(spread)
+    spread = fusion.made_once(lax.pad(gradient, jnp.zeros((), gradient.dtype), padding))
     # The transposed convolution, gathered: a flipped depthwise.
     x_gradient = _weighted_taps(spread, kernel[::-1, ::-1], 1, x.shape[1:3])
     kernel_gradient = _depthwise_kernel_gradient(

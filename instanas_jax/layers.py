@@ -5,7 +5,6 @@ the batch norm is an affine map of the convolution's output, so it is folded int
 once; the supernet, the skipping execution and the latency table all run the same folded form.
 """
 
-import functools
 from typing import Any, Literal
 
 import jax
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
-from jax.experimental import xla_metadata
 
 from instanas_jax import batch_norm, convolution
 from instanas_jax.batch_norm import EPSILON, Activation, activate
@@ -110,37 +108,6 @@ class ConvBatchNorm(nn.Module):
         running_mean.value = _towards(mean, running_mean.value, self.kept)
         running_var.value = _towards(var, running_var.value, self.kept)
         return list(outputs) if self.parts else outputs[0]
-
-
-@jax.jit
-def _itself(x: jax.Array) -> jax.Array:
-    return x
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def made_once(x: jax.Array, lowering: convolution.Lowering) -> jax.Array:
-    """x, behind a call that XLA does not look into; its gradient likewise.
-
-    XLA's CPU backend puts cheap loops into each loop that reads their result. A cell's output is
-    one: it was computed from five maps for each of the five loops that read it, and so was its
-    gradient. Made once, a full update (width 0.75, batch 16) compiles in four fifths of the time
-    and runs no slower. `lax.optimization_barrier` in this place changed no loop.
-    """
-    if lowering == "native":
-        return x
-    with xla_metadata.set_xla_metadata(inlineable="false"):
-        return _itself(x)
-
-
-def _made_once_forward(x, lowering):
-    return made_once(x, lowering), None
-
-
-def _made_once_backward(lowering, _, gradient):
-    return (made_once(gradient, lowering),)
-
-
-made_once.defvjp(_made_once_forward, _made_once_backward)
 
 
 def split(array: jax.Array, channels: tuple[int, ...]) -> list[jax.Array]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from instanas_jax import convolution, layers
+from instanas_jax import convolution, fusion, layers
 from instanas_jax.layers import ConvBatchNorm, Folded, conv_bias
 from instanas_jax.search_space import CANDIDATE_OPS, CellSpec, Join, OpSpec
 
@@ -96,7 +96,8 @@ class Cell(nn.Module):
         total = jnp.asarray(_pass_through(self.cell, x, mask, identity))
         for op, y in outputs.items():
             total = total + jnp.where(_per_image(mask[:, op]) > 0.5, y, 0.0)
-        return layers.made_once(_joined(total, mask, self.join), self.lowering)
+        total = _joined(total, mask, self.join)
+        return fusion.made_once(total) if self.lowering == "shifted" else total
 
     def _common(self) -> dict:
         return {"lowering": self.lowering, "axis_name": self.axis_name}

@@ -2,8 +2,8 @@
 
 Programs of tests are tiny and run a few times: compiling them without LLVM's optimisations, and
 with XLA's older emitters of loops, takes a third of the time and changes no more than rounding.
-Workers, and processes that tests start, share
-what they have compiled, in a folder of this run alone.
+Workers, and processes that tests start, share what they have compiled, in a folder of this run
+alone.
 """
 
 import atexit

@@ -27,6 +27,7 @@ LAYERS = {
         "streaming",
         "augment",
         "convolution",
+        "fusion",
         "batch_norm",
         "environment",
     },

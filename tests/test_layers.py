@@ -215,23 +215,3 @@ class TestInitialise:
         )
         # Independent float32 draws seldom coincide; shared ones would, thousands of times.
         assert len(np.unique(np.round(values, 5))) > 0.9 * values.size
-
-
-@pytest.mark.parametrize("lowering", ["shifted", "native"])
-def test_made_once_changes_neither_value_nor_gradient(lowering):
-    x = jax.random.normal(jax.random.key(0), (3, 4))
-
-    def of(x):
-        return jnp.sum(jnp.sin(layers.made_once(x * 2.0, lowering)))
-
-    value, gradient = jax.jit(jax.value_and_grad(of))(x)
-    np.testing.assert_allclose(value, np.sin(2.0 * x).sum(), rtol=1e-5)
-    np.testing.assert_allclose(gradient, 2.0 * np.cos(2.0 * x), rtol=1e-5)
-
-
-def test_made_once_is_a_call_of_its_own_in_both_directions():
-    def of(x):
-        return jnp.sum(layers.made_once(x * 2.0, "shifted") ** 2)
-
-    program = jax.jit(jax.grad(of)).lower(jnp.ones((64, 64))).compile().as_text()
-    assert program.count(" call(") == 2
