@@ -62,7 +62,7 @@ def configure_cpu(*, inference_threads: int | None = None) -> None:
     if _has_accelerator_plugin():
         return
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    _keep_freed_memory()
+    _keep_freed_memory(one_arena=inference_threads is None)
     flags = os.environ.get("XLA_FLAGS", "")
     wanted = dict(_XLA_FLAGS)
     if inference_threads is not None:
@@ -120,11 +120,15 @@ def in_inference_process(function: Callable[..., Result], *arguments: Any, threa
         return process.submit(function, *arguments).result()
 
 
-def _keep_freed_memory() -> None:
+def _keep_freed_memory(*, one_arena: bool) -> None:
+    """Of threads that have arenas of their own, whole heaps go back all the same. But what compiles
+    leaves an arena in pieces, among which each allocation then searches: 100 us a call, five times
+    what a small kernel takes, so inference does without."""
     if _libc is not None:
         _libc.mallopt(_MMAP_MAX, 0)
         _libc.mallopt(_TRIM_THRESHOLD, -1)  # Never trims.
-        _libc.mallopt(_ARENA_MAX, 1)  # Other threads' arenas give back whole heaps all the same.
+        if one_arena:
+            _libc.mallopt(_ARENA_MAX, 1)
 
 
 def release_memory() -> None:
