@@ -107,9 +107,11 @@ class Pipeline:
             self.spec,
             policy_start=recipe.policy_start(self.spec, self.config.search),
         )
-        # What trains later compiles on the cores that what trains now leaves idle.
+        # What trains later compiles on the cores that what trains now leaves idle; what trains
+        # first compiles alone, or it would share them while nothing trains.
         with concurrent.futures.ThreadPoolExecutor(1) as compiler:
             try:
+                self._compile_ahead(compiler, fresh, [pretraining])
                 compiler.submit(self.evaluate.compile_ahead, fresh, self.dataset.validation)
                 self._compile_ahead(compiler, fresh, [searching, *baselines])
                 pretrained, pretrain_seconds = self._pretrain(pretraining, fresh)
