@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 _CPU_INFO = pathlib.Path("/proc/cpuinfo")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 # Options of glibc's mallopt, from <malloc.h>.
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 # Threads of XLA's own pool; read when the backend starts.
 _POOL_VARIABLE = "NPROC"
 # The C library where it is glibc, whose options and functions of its own are used here.
@@ -62,7 +62,7 @@ def configure_cpu(*, inference_threads: int | None = None) -> None:
     if _has_accelerator_plugin():
         return
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    _keep_freed_memory(one_arena=inference_threads is None)
+    _keep_freed_memory()
     flags = os.environ.get("XLA_FLAGS", "")
     wanted = dict(_XLA_FLAGS)
     if inference_threads is not None:
@@ -120,15 +120,13 @@ def in_inference_process(function: Callable[..., Result], *arguments: Any, threa
         return process.submit(function, *arguments).result()
 
 
-def _keep_freed_memory(*, one_arena: bool) -> None:
-    """Of threads that have arenas of their own, whole heaps go back all the same. But what compiles
-    leaves an arena in pieces, among which each allocation then searches: 100 us a call, five times
-    what a small kernel takes, so inference does without."""
+def _keep_freed_memory() -> None:
+    # Not in one arena for all threads: a compiled network's 3,000 kernels are handed to a pool by
+    # allocations, which then waited for each other for a third of a step; and compiling leaves an
+    # arena in pieces, among which every call searched for 100 us.
     if _libc is not None:
         _libc.mallopt(_MMAP_MAX, 0)
         _libc.mallopt(_TRIM_THRESHOLD, -1)  # Never trims.
-        if one_arena:
-            _libc.mallopt(_ARENA_MAX, 1)
 
 
 def release_memory() -> None:
