@@ -211,7 +211,7 @@ class TestProcesses:
             os.killpg(program.pid, kind)
         else:
             program.send_signal(kind)
-        program.wait(timeout=20)
+        program.wait(timeout=60)  # Grain kills a worker that has not stopped within 25 s.
         deadline = time.monotonic() + 10
         while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
             time.sleep(0.05)
