@@ -1,6 +1,5 @@
 """Where XLA's fusion stops: a value that is made once, however many loops read it."""
 
-
 import jax
 from jax.experimental import xla_metadata
 
