@@ -211,7 +211,7 @@ class TestProcesses:
             os.killpg(program.pid, kind)
         else:
             program.send_signal(kind)
-        program.wait(timeout=60)  # Grain kills a worker that has not stopped within 25 s.
+        program.wait(timeout=20)
         deadline = time.monotonic() + 10
         while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -322,6 +322,8 @@ def test_neither_grain_nor_tensorflow_is_imported_without_need(folder):
 
 def _train_until_interrupted(folder: str) -> None:
     """The program of `test_leave_no_orphan_when_the_program_is_ended`."""
+    # Where tests run in a shell's background, SIGINT is ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     images = load(pathlib.Path(folder), workers=1).train
     try:
         for batch in data.train_batches(images, batch_size=5, seed=0, num_steps=10**6):
