@@ -9,19 +9,17 @@ A case called `..._norms` compares the vector of all tensors' norms; `..._norms_
 if a case exceeds its tolerance, 2 if an input is wrong.
 """
 
-import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from absl import app, flags
 
 from benchmarks import reference_weights, reporting
+from benchmarks.reference_cases import TOLERANCE, Case, compare_norms, relative_error
 from benchmarks.reference_files import SPECS, Reference, load
 from instanas_jax import (
     controller,
@@ -46,7 +44,6 @@ _OUTPUT = flags.DEFINE_string(
     "output", None, "Path of the JSON file to write. Default: none, the cases are only printed."
 )
 
-TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-3
 
 # One tensor's gradient norm is not defined to 1e-3 in float32: rounding decides on which side of
@@ -65,69 +62,6 @@ _GRADIENT_FLOOR = 1e-6
 
 _BOUNDING = 0.8
 _ENTROPY_WEIGHT = 0.8
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One comparison; `worst` names the tensor behind the error where there are many."""
-
-    name: str
-    error: float
-    tolerance: float = TOLERANCE
-    worst: str = ""
-
-    @property
-    def passes(self) -> bool:
-        return self.error <= self.tolerance  # False for NaN.
-
-
-def relative_error(ours: Any, reference: np.ndarray) -> float:
-    """Norm of the difference over the norm of the reference, in float64.
-
-    Raises:
-      InputError: the shapes differ.
-    """
-    left, right = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
-    if left.shape != right.shape:
-        raise InputError(f"the reference has shape {list(right.shape)}, ours {list(left.shape)}")
-    return float(np.linalg.norm(left - right) / max(np.linalg.norm(right), 1e-30))
-
-
-def compare_norms(
-    name: str,
-    tensors: Mapping[str, np.ndarray],
-    norms: Mapping[str, float],
-    *,
-    tolerance: float,
-    worst_tolerance: float,
-    floor: float = 0.0,
-) -> Iterator[Case]:
-    """Three cases: the vector of all norms, the norms' median error, and the largest.
-
-    Args:
-      name: of the first case; the others add `_median` and `_worst`.
-      tensors: ours, by the original's names.
-      norms: the original's L2 norms of the same tensors.
-      tolerance: of the vector and of the median.
-      worst_tolerance: of the largest error.
-      floor: share of the largest norm; a smaller norm's error is taken relative to that much.
-
-    Raises:
-      InputError: a tensor is on one side alone.
-    """
-    unmatched = sorted(set(tensors) ^ set(norms))
-    if unmatched:
-        side = "our network" if unmatched[0] in tensors else "the manifest"
-        raise InputError(f"{name}: tensor '{unmatched[0]}' is in {side} alone")
-    names = sorted(norms)
-    theirs = np.array([norms[tensor] for tensor in names])
-    ours = np.array([np.linalg.norm(tensors[tensor].astype(np.float64)) for tensor in names])
-    yield Case(name, relative_error(ours, theirs), tolerance)
-
-    errors = np.abs(ours - theirs) / np.maximum(theirs, max(floor * theirs.max(), 1e-30))
-    yield Case(f"{name}_median", float(np.median(errors)), tolerance)
-    worst = int(np.argmax(errors))  # The first NaN, if there is one.
-    yield Case(f"{name}_worst", float(errors[worst]), worst_tolerance, names[worst])
 
 
 def check_supernet_eval(reference: Reference, network: str) -> Iterator[Case]:

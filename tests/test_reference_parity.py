@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from benchmarks import reference_files, reference_parity, reference_weights, reporting
+from benchmarks import (
+    reference_cases,
+    reference_files,
+    reference_parity,
+    reference_weights,
+    reporting,
+)
 from instanas_jax import controller, supernet
 from instanas_jax.errors import InputError
 from instanas_jax.search_space import SupernetSpec, preset
@@ -184,7 +190,7 @@ class TestNorms:
     def test_vector_median_and_worst_by_hand(self):
         """Norms 5 and 2 against 5 and 1: off by 1 in sqrt(26) together, by 0 and 1 alone."""
         tensors = {"a": np.array([3.0, 4.0]), "b": np.array([2.0])}
-        vector, median, worst = reference_parity.compare_norms(
+        vector, median, worst = reference_cases.compare_norms(
             "n", tensors, {"a": 5.0, "b": 1.0}, tolerance=0.2, worst_tolerance=0.5
         )
         assert vector.error == pytest.approx(1 / 26**0.5) and vector.passes
@@ -193,13 +199,13 @@ class TestNorms:
 
     def test_floor_forgives_rounding_noise(self):
         tensors = {"a": np.array([5.0]), "b": np.array([2e-9])}
-        *_, worst = reference_parity.compare_norms(
+        *_, worst = reference_cases.compare_norms(
             "n", tensors, {"a": 5.0, "b": 0.0}, tolerance=1, worst_tolerance=1e-2, floor=1e-6
         )
         assert worst.error == pytest.approx(2e-9 / 5e-6) and worst.passes
 
     def test_nan_fails(self):
-        cases = reference_parity.compare_norms(
+        cases = reference_cases.compare_norms(
             "n", {"a": np.array([np.nan])}, {"a": 1.0}, tolerance=1.0, worst_tolerance=1.0
         )
         assert not any(case.passes for case in cases)
@@ -253,7 +259,7 @@ class TestProgram:
     def test_case_over_its_tolerance_is_named(self, capsys, tmp_path, monkeypatch):
         np.savez(tmp_path / "reference.npz")
         (tmp_path / "manifest.json").write_text("{}")
-        cases = [reference_parity.Case("good", 0.0), reference_parity.Case("bad", 0.5)]
+        cases = [reference_cases.Case("good", 0.0), reference_cases.Case("bad", 0.5)]
         monkeypatch.setattr(reference_parity, "CHECKS", (lambda reference: iter(cases),))
         status, message = self.run(
             capsys,
