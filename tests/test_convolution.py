@@ -152,6 +152,19 @@ def test_dense_as_a_product_of_windows_equals_the_native_one(size, channels, ker
     assert_close(output_and_gradients(shifted, x, kernel), output_and_gradients(native, x, kernel))
 
 
+def test_padding_of_a_depthwise_loop_is_made_outside_of_it():
+    """Behind calls, the input's and the gradient's; inside, it would run once a tap."""
+
+    def of(x):
+        return jnp.sum(
+            convolution.depthwise(x, jnp.ones((3, 3, 8)), stride=1, lowering="shifted") ** 2
+        )
+
+    x = jnp.ones((2, 8, 8, 8))
+    assert jax.jit(of).lower(x).compile().as_text().count(" call(") == 1
+    assert jax.jit(jax.grad(of)).lower(x).compile().as_text().count(" call(") == 2
+
+
 @pytest.mark.parametrize(
     "apply",
     [
