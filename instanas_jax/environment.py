@@ -121,9 +121,9 @@ def in_inference_process(function: Callable[..., Result], *arguments: Any, threa
 
 
 def _keep_freed_memory() -> None:
-    # Not in one arena for all threads: a compiled network's 3,000 kernels are handed to a pool by
-    # allocations, which then waited for each other for a third of a step; and compiling leaves an
-    # arena in pieces, among which every call searched for 100 us.
+    # Not in one arena for all threads, though that takes less memory: a narrow network's step took
+    # half as long again, its threads waiting for each other's allocations, and calls in a process
+    # that had compiled much took up to 100 us more.
     if _libc is not None:
         _libc.mallopt(_MMAP_MAX, 0)
         _libc.mallopt(_TRIM_THRESHOLD, -1)  # Never trims.
