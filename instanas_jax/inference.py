@@ -157,7 +157,8 @@ def _packed_paths(
 ) -> packing.Packed:
     # On the host: a program that only cuts weights would take seconds to compile.
     folded = supernet.fold(jax.device_get(variables))
-    return packing.pack(skipping.prepare_weights(spec, folded, settled))
+    weights = skipping.prepare_weights(spec, folded, settled)
+    return packing.pack(weights, in_branch=skipping.in_branch(spec, settled))
 
 
 # A deployed network answers many images one after another, with its weights in cache; networks

@@ -48,6 +48,12 @@ def prepare_weights(
     return weights
 
 
+def in_branch(spec: SupernetSpec, settled: policy.Settled | None = None) -> dict[str, Any]:
+    """For `packing.pack`: which of the weights of `prepare_weights` are read inside a branch."""
+    plans = _plans(spec, _or_nothing(spec, settled))
+    return {**dict.fromkeys(_ENDS, False), "paths": [not plan.always for plan in plans]}
+
+
 def apply_skipping(
     spec: SupernetSpec,
     weights: Weights,

@@ -20,13 +20,23 @@ unpack = jax.jit(lambda packed: packing.read(packed.unpack()))
 
 
 def test_what_is_read_is_what_was_packed():
-    jax.tree.map(np.testing.assert_array_equal, unpack(packing.pack(WEIGHTS)), WEIGHTS)
+    for in_branch in (True, False):
+        packed = packing.pack(WEIGHTS, in_branch=in_branch)
+        jax.tree.map(np.testing.assert_array_equal, unpack(packed), WEIGHTS)
 
 
-def test_all_small_arrays_are_one_argument():
-    packed = packing.pack(WEIGHTS)
+def test_all_small_arrays_of_branches_are_one_argument():
+    packed = packing.pack(WEIGHTS, in_branch=True)
     small = sum(leaf.size for leaf in jax.tree.leaves(WEIGHTS)) - WEIGHTS["large"].size
     assert [leaf.shape for leaf in jax.tree.leaves(packed)] == [(small,), WEIGHTS["large"].shape]
+
+
+def test_matrices_that_every_call_reads_are_arguments():
+    """Biases and depthwise kernels are not: loops index the vector."""
+    in_branch = {"bias": True, "small": [True, False, True, False], "depthwise": False}
+    packed = packing.pack(WEIGHTS, in_branch={**in_branch, "large": False})
+    assert [leaf.shape for leaf in packed.large] == [(2**7, 2**7), (3, 5), (3, 5)]
+    jax.tree.map(np.testing.assert_array_equal, unpack(packed), WEIGHTS)
 
 
 def test_weights_without_small_arrays():
@@ -52,7 +62,7 @@ def test_a_program_holds_no_weights():
     def total(packed):
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(packing.read(packed.unpack())))
 
-    text = jax.jit(total).lower(packing.pack(WEIGHTS)).compile().as_text()
+    text = jax.jit(total).lower(packing.pack(WEIGHTS, in_branch=True)).compile().as_text()
     assert not [line for line in text.splitlines() if " constant(" in line and "f32[]" not in line]
 
 
