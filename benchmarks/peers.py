@@ -108,20 +108,31 @@ def _conv(
     return Conv(kernel, folded["bias"], stride, groups, activation)
 
 
-def torch_eager(net: Subnet, *, threads: int) -> Run:
-    """PyTorch eager, channels-last. Threads are a setting of the process: the last call's."""
+def torch_eager(net: Subnet, *, folded: bool, threads: int) -> Run:
+    """PyTorch eager, channels-last. Threads are a setting of the process: the last call's.
+
+    Args:
+      folded: batch norms are folded into the convolutions, which a user has to do; otherwise they
+        are layers of their own, as in the evaluation mode of the network that was trained.
+    """
     require("torch")
     import torch  # pyright: ignore[reportMissingImports]
     from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
-    def module(conv: Conv) -> tuple[Any, Any, Conv]:
+    def module(conv: Conv) -> tuple[Any, ...]:
         kernel = torch.from_numpy(conv.kernel).to(memory_format=torch.channels_last)
-        return kernel, torch.from_numpy(conv.bias.copy()), conv
+        bias = torch.from_numpy(conv.bias.copy())
+        # What is left of a batch norm whose scale the kernel holds: mean, variance and scale.
+        return conv, kernel, bias, torch.zeros_like(bias), torch.ones_like(bias)
 
-    def apply(x: Any, layer: tuple[Any, Any, Conv]) -> Any:
-        kernel, bias, conv = layer
-        pad = conv.kernel.shape[-1] // 2
-        y = functional.conv2d(x, kernel, bias, conv.stride, pad, groups=conv.groups)
+    def apply(x: Any, layer: tuple[Any, ...]) -> Any:
+        conv, kernel, bias, zeros, ones = layer
+        place = conv.stride, conv.kernel.shape[-1] // 2
+        if folded:
+            y = functional.conv2d(x, kernel, bias, *place, groups=conv.groups)
+        else:
+            y = functional.conv2d(x, kernel, None, *place, groups=conv.groups)
+            y = functional.batch_norm(y, zeros, ones, ones, bias, eps=0.0)
         if conv.activation == "none":
             return y
         return functional.relu_(y) if conv.activation == "relu" else functional.hardtanh_(y, 0, 6)

@@ -160,7 +160,8 @@ class Subjects:
         net = peers.subnet(self.spec, self.state["supernet_variables"], architecture)
         planes = np.ascontiguousarray(np.asarray(self._normalise(images)).transpose(0, 3, 1, 2))
         makers = {
-            "torch_eager": functools.partial(peers.torch_eager, net),
+            "torch_eager": functools.partial(peers.torch_eager, net, folded=False),
+            "torch_folded": functools.partial(peers.torch_eager, net, folded=True),
             "onnx_runtime": functools.partial(
                 peers.onnx_runtime, net, image_size=self.spec.image_size
             ),

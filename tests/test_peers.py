@@ -48,7 +48,11 @@ def run_by_hand(net: peers.Subnet, planes: np.ndarray) -> jax.Array:
 
 
 def torch_eager(net: peers.Subnet, planes: np.ndarray) -> np.ndarray:
-    return peers.torch_eager(net, threads=1)(planes)
+    return peers.torch_eager(net, folded=False, threads=1)(planes)
+
+
+def torch_folded(net: peers.Subnet, planes: np.ndarray) -> np.ndarray:
+    return peers.torch_eager(net, folded=True, threads=1)(planes)
 
 
 def onnx_runtime(net: peers.Subnet, planes: np.ndarray) -> np.ndarray:
@@ -56,6 +60,7 @@ def onnx_runtime(net: peers.Subnet, planes: np.ndarray) -> np.ndarray:
 
 
 EXECUTIONS = {"by_hand": (run_by_hand, ()), "torch": (torch_eager, ("torch",))}
+EXECUTIONS["torch_folded"] = (torch_folded, ("torch",))
 EXECUTIONS["onnx_runtime"] = (onnx_runtime, ("onnx", "onnxruntime"))
 
 
@@ -91,6 +96,6 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch, make):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     spec = preset("tiny", num_classes=10)
     net = peers.subnet(spec, supernet.init(jax.random.key(0), spec), np.zeros(spec.mask_shape))
-    options = {} if make is peers.torch_eager else {"image_size": 32}
+    options = {"folded": True} if make is peers.torch_eager else {"image_size": 32}
     with pytest.raises(peers.Missing, match="requirements-peers.txt"):
         make(net, threads=1, **options)
