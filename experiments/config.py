@@ -191,6 +191,13 @@ class FinetuneConfig:
         minimum=0.0,
         maximum=0.49,
     )
+    threshold_spread: float = setting(
+        0.0,
+        "Every image is decided at a threshold of its logits drawn from 0 plus or minus this, so "
+        "that one network learns many latency budgets; what changes within is not settled.",
+        minimum=0.0,
+        maximum=10.0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,15 +51,14 @@ class Evaluator:
         self._setting = setting
         self._batch_size = batch_size
         self._answer = parallel.compile_map(self._answer_batch)
-        self._decide = parallel.compile_map(self._decide_batch)
+        self._score = parallel.compile_map(self._score_batch)
 
-    def _decide_batch(self, weights: packing.Packed, batch: dict[str, jax.Array]) -> jax.Array:
+    def _score_batch(self, weights: packing.Packed, batch: dict[str, jax.Array]) -> jax.Array:
         setting = self._setting
         images = augment.normalise(batch["image"], mean=setting.mean, std=setting.std)
-        policy_logits = controller.apply_eval(
+        return controller.apply_eval(
             setting.spec, weights.arrays(), images, lowering=setting.lowering
         )
-        return policy.greedy(policy_logits).astype(bool)
 
     def _answer_batch(self, inputs: dict[str, Any], batch: dict[str, jax.Array]) -> Any:
         setting = self._setting
@@ -104,9 +103,9 @@ class Evaluator:
             "is_static": np.asarray(architecture is not None),
         }
 
-    def decisions(self, state: TrainState, images: data.Images) -> np.ndarray:
-        """Greedy masks of a host state, before the empty-cell rule; bool [N, L, O]."""
-        return self._over(images, self._decide, packing.ravel(controller.fold(state.controller)))
+    def policy_logits(self, state: TrainState, images: data.Images) -> np.ndarray:
+        """Of a host state's controller; [N, L, O]."""
+        return self._over(images, self._score, packing.ravel(controller.fold(state.controller)))
 
     def _over(self, images: data.Images, program: Callable[..., Any], inputs: Any) -> Any:
         """A program's answers about every image, in order, on the host."""

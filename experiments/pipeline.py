@@ -247,8 +247,12 @@ class Pipeline:
     def _plan_variant(self, name: str, snapshot: TrainState) -> tuple[_Plan, TrainState]:
         """And the snapshot with its decisions settled."""
         section = self.config.finetune
-        masks = self.evaluate.decisions(snapshot, self.dataset.train)
-        settled = policy.Settled.by_masks(masks, tolerance=section.settle_tolerance)
+        policy_logits = self.evaluate.policy_logits(snapshot, self.dataset.train)
+        settled = policy.Settled.by_thresholds(
+            policy_logits >= section.threshold_spread,
+            policy_logits >= -section.threshold_spread,
+            tolerance=section.settle_tolerance,
+        )
         state = dataclasses.replace(
             snapshot, controller=controller.settle(snapshot.controller, settled)
         )

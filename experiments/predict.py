@@ -18,7 +18,7 @@ from absl import flags
 from experiments import flags as flags_lib
 from experiments import images, trained_run
 from experiments.trained_run import TrainedRun
-from instanas_jax import controller, convolution, environment, inference, latency, policy
+from instanas_jax import budget, controller, convolution, environment, inference, latency, policy
 from instanas_jax.errors import InputError
 
 _TIMED_CALLS = 8
@@ -40,10 +40,17 @@ class Predictor:
     Args:
       variant: name of a finished one.
       top: how many classes an answer names.
+      budget_ms: what images are to take in the mean; None for what the variant was trained at.
+
+    Raises:
+      InputError: the variant can't meet the budget.
     """
 
-    def __init__(self, run: TrainedRun, variant: str, *, top: int):
+    def __init__(self, run: TrainedRun, variant: str, *, top: int, budget_ms: float | None = None):
         networks = trained_run.restore_networks(run, variant)
+        if budget_ms is not None:
+            threshold = budget.threshold(trained_run.budget_curve(run, variant), budget_ms)
+            networks["controller"] = controller.decide_at(networks["controller"], threshold)
         self._run = run
         self._variant = variant
         self._top = top
@@ -147,7 +154,7 @@ def _predict(names: list[str]) -> int:
     run = trained_run.open_run(values.workdir or "")
     environment.configure_cpu(inference_threads=run.config.run.inference_threads)
     variant = trained_run.choose_variant(run, values.variant)
-    predictor = Predictor(run, variant, top=values.top)
+    predictor = Predictor(run, variant, top=values.top, budget_ms=values.latency_budget_ms)
     environment.release_memory()
     if not values.json:
         print(f"variant {variant} of {run.dataset.name}", flush=True)
@@ -161,6 +168,12 @@ def main() -> None:
         "",
         "Variant that answers; empty: the one of the highest validation accuracy, the faster of "
         "equals.",
+    )
+    flags.DEFINE_float(
+        "latency_budget_ms",
+        None,
+        "What images are to take in the mean, by the run's latency table: more or fewer paths "
+        "run. Empty: as trained.",
     )
     flags.DEFINE_integer("top", 3, "Classes to name for each image.", lower_bound=1)
     flags.DEFINE_bool(

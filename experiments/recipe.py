@@ -108,7 +108,12 @@ def finetune_stage(
 ) -> Stage:
     """Of a variant, or of a static baseline where everything is settled."""
     return stages.finetune(
-        setting, name="finetune", sgd=_sgd(section), total_steps=total_steps, settled=settled
+        setting,
+        name="finetune",
+        sgd=_sgd(section),
+        total_steps=total_steps,
+        settled=settled,
+        threshold_spread=section.threshold_spread,
     )
 
 

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from experiments import evaluation, timing
+from experiments import evaluation, policy_study, timing
 from experiments.config import Config
 from instanas_jax import (
     controller,
     cost,
     data,
     environment,
+    inference,
     latency,
     parallel,
     policy,
@@ -91,6 +92,7 @@ def collect(
                 ),
                 "latency_vs_difficulty": _rank_correlation(table_ms, difficulty),
                 **_timing(measured[name]),
+                **_study(setting, dataset, table, evaluate, state),
             }
         )
     bounds = latency.baselines(table, setting.spec)
@@ -121,6 +123,37 @@ def collect(
         "static": static_rows,
         "variants": variant_rows,
     }
+
+
+def _study(
+    setting: Setting,
+    dataset: data.Dataset,
+    table: latency.LatencyTable,
+    evaluate: evaluation.Evaluator,
+    state: TrainState,
+) -> dict[str, Any]:
+    """See `policy_study.study`; every process asks the controller, the first one the network."""
+    validation_logits = evaluate.policy_logits(state, dataset.validation)
+    test_logits = evaluate.policy_logits(state, dataset.test)
+
+    def study() -> dict[str, Any]:
+        network = inference.deploy(
+            setting.spec,
+            supernet_variables=state.supernet,
+            controller_variables=state.controller,
+            mean=setting.mean,
+            std=setting.std,
+            lowering=setting.lowering,
+        )
+        return policy_study.study(
+            network,
+            table=table,
+            dataset=dataset,
+            validation_logits=validation_logits,
+            test_logits=test_logits,
+        )
+
+    return parallel.from_first(study)
 
 
 def _static_cost(
@@ -156,7 +189,7 @@ def _rank_correlation(latency_ms: np.ndarray, difficulty: np.ndarray) -> float |
 def format_table(results: dict[str, Any]) -> str:
     """The comparison as text: baselines first, then the variants of the one search."""
     header = ["network", "test acc", "val acc", "table ms", "measured ms"]
-    rows = [[*header, "saved", "MFLOP", "architectures"]]
+    rows = [[*header, "saved", "MFLOP", "architectures", "shuffled", "same for all"]]
     baseline_ms = results["static"][0]["measured_ms"]
     for row in (*results["static"], *results["variants"]):
         rows.append(
@@ -169,6 +202,7 @@ def format_table(results: dict[str, Any]) -> str:
                 f"{100 * (1 - row['measured_ms'] / baseline_ms):+.0f} %",
                 f"{row['flops'] / 1e6:.1f}",
                 str(row.get("unique_architectures", 1)),
+                *_of_other_policies(row),
             ]
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -180,4 +214,22 @@ def format_table(results: dict[str, Any]) -> str:
         for row in rows
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
+    lines += [line for row in results["variants"] if (line := _front(row))]
     return "\n".join(lines)
+
+
+def _of_other_policies(row: dict[str, Any]) -> list[str]:
+    """Test accuracies of a variant's network under policies that do not look at the image."""
+    if "shuffled_accuracy" not in row:
+        return ["", ""]
+    accuracies = row["shuffled_accuracy"], row["same_for_all"]["test_accuracy"]
+    return [f"{100 * accuracy:.2f} %" for accuracy in accuracies]
+
+
+def _front(row: dict[str, Any]) -> str:
+    """One line of what a variant's network does under other latency budgets."""
+    points = [
+        f"{point['table_ms']:.3f} ms {100 * point['test_accuracy']:.2f} %"
+        for point in row["budget"]["front"]
+    ]
+    return f"{row['name']} by --latency_budget_ms: {', '.join(points)}" if points else ""

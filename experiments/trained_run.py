@@ -12,7 +12,7 @@ from experiments import dataset_summary, recipe
 from experiments.config import Config
 from experiments.dataset_summary import DatasetSummary
 from experiments.workdir import RunFiles
-from instanas_jax import checkpoint, latency, train_state
+from instanas_jax import budget, checkpoint, latency, train_state
 from instanas_jax.errors import InputError
 from instanas_jax.search_space import SupernetSpec
 
@@ -87,6 +87,23 @@ def restore_networks(run: TrainedRun, variant: str) -> dict[str, Any]:
         raise _not_restored(run, variant, "its last checkpoint is of others")
     state = train_state.unravel(state)
     return {"supernet": state.supernet, "controller": state.controller}
+
+
+def budget_curve(run: TrainedRun, variant: str) -> budget.Curve:
+    """What a variant takes by the threshold of its controller, as the run has calibrated it.
+
+    Raises:
+      InputError: the run has no results yet, or its results hold no such curve.
+    """
+    try:
+        rows = json.loads(run.files.results.read_text())["variants"]
+        row = next(row for row in rows if row["name"] == variant)
+        return budget.Curve.from_json(row["budget"]["curve"])
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise InputError(
+            f"{run.files.results} holds no budgets of variant {variant} ({error!r}): delete it and "
+            "repeat the command of the run, or leave --latency_budget_ms out"
+        ) from error
 
 
 def _not_restored(run: TrainedRun, variant: str, reason: str) -> InputError:

@@ -38,8 +38,7 @@ class BatchPredictor:
     """
 
     def __init__(self, network: inference.Network, *, threads: int | None = None):
-        self._spec = network.spec
-        self._settled = network.settled
+        self.network = network
         self._threads = concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count())
         decide, answer = jax.jit(network.decide), jax.jit(network.answer)
         weights = network.weights
@@ -61,21 +60,21 @@ class BatchPredictor:
 
     def decide(self, images: np.ndarray) -> np.ndarray:
         """Greedy masks [B, L, O] of uint8 images [B, H, W, 3]."""
-        if self._settled.everything:
-            mask = self._settled.on.astype(np.float32)
+        if self.network.settled.everything:
+            mask = self.network.settled.on.astype(np.float32)
             return np.broadcast_to(mask, (len(images), *mask.shape))
         nothing = np.zeros(0, np.float32)
         chunks = [
             (np.arange(first, min(first + CHUNK, len(images))), nothing)
             for first in range(0, len(images), CHUNK)
         ]
-        return self._run(self._decide, images, chunks, self._spec.mask_shape)
+        return self._run(self._decide, images, chunks, self.network.spec.mask_shape)
 
     def answer(self, images: np.ndarray, masks: np.ndarray) -> np.ndarray:
         """Class logits [B, K] of uint8 images under masks [B, L, O] that agree with whatever the
         controller has settled."""
         chunks = list(chunks_of(masks))
-        return self._run(self._answer, images, chunks, (self._spec.num_classes,))
+        return self._run(self._answer, images, chunks, (self.network.spec.num_classes,))
 
     def _run(
         self,
@@ -100,7 +99,7 @@ class BatchPredictor:
         return answers
 
     def _check(self, images: np.ndarray) -> None:
-        size = self._spec.image_size
+        size = self.network.spec.image_size
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (size, size, 3):
             raise InputError(
                 f"images are {images.dtype} {list(images.shape)}: this network reads uint8 "

@@ -157,10 +157,24 @@ def settle(variables: Variables, settled: policy.Settled) -> Variables:
     return {**variables, "params": {**variables["params"], "logits": constant}}
 
 
+def decide_at(variables: Variables, threshold: float) -> Variables:
+    """The same controller, but for where it decides: a path is on where its logit reached
+    `threshold`, which was 0. What is settled stays."""
+    linear = variables["params"]["logits"]
+    bias = linear["bias"] - np.where(_is_constant(linear), 0.0, threshold)
+    moved = {**linear, "bias": np.asarray(bias, np.float32)}
+    return {**variables, "params": {**variables["params"], "logits": moved}}
+
+
+def _is_constant(linear: Variables) -> np.ndarray:
+    """Logits [L * O] that depend on no image."""
+    return (np.asarray(linear["kernel"]) == 0.0).all(axis=0)
+
+
 def settled(spec: SupernetSpec, variables: Variables) -> policy.Settled:
     """What of a controller's decisions does not depend on the image."""
     linear = variables["params"]["logits"]
-    constant = (np.asarray(linear["kernel"]) == 0.0).all(axis=0)
+    constant = _is_constant(linear)
     on = np.asarray(policy.greedy(jnp.asarray(linear["bias"]))) > 0.5
     return policy.Settled(
         on=(constant & on).reshape(spec.mask_shape), off=(constant & ~on).reshape(spec.mask_shape)

@@ -70,6 +70,12 @@ def random_masks(keys: jax.Array, shape: tuple[int, int], keep: jax.Array | floa
     return (uniform < keep).astype(jnp.float32)
 
 
+def random_thresholds(keys: jax.Array, spread: float) -> jax.Array:
+    """One threshold for each image, drawn evenly from -spread to spread; [B, 1, 1]."""
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (1, 1), minval=-1.0))(keys)
+    return spread * uniform
+
+
 def log_prob(mask: jax.Array, policy_logits: jax.Array, *, bounding: float) -> jax.Array:
     """Log probability of each image's mask [B, L, O] under the bounded policy; [B], nats."""
     chex.assert_equal_shape([mask, policy_logits])
@@ -178,6 +184,22 @@ class Settled:
         """
         share = np.asarray(masks).mean(axis=0)
         return cls(on=share >= 1.0 - tolerance, off=share <= tolerance)
+
+    @classmethod
+    def by_thresholds(
+        cls, cautious: np.ndarray, generous: np.ndarray, *, tolerance: float = 0.0
+    ) -> "Settled":
+        """What stays as it is between two thresholds of the logits.
+
+        Args:
+          cautious: masks [N, L, O] at the higher threshold, with the fewest paths.
+          generous: at the lower one.
+          tolerance: see `by_masks`.
+        """
+        return cls(
+            on=cls.by_masks(cautious, tolerance=tolerance).on,
+            off=cls.by_masks(generous, tolerance=tolerance).off,
+        )
 
     @property
     def everything(self) -> bool:

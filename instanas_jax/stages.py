@@ -69,6 +69,7 @@ def finetune(
     sgd: optimizers.SgdSettings,
     total_steps: int,
     settled: policy.Settled,
+    threshold_spread: float = 0.0,
 ) -> Stage:
     """Trains the supernet under fixed decisions: those paths that some image may run.
 
@@ -76,6 +77,9 @@ def finetune(
       name: of the stage and its checkpoints.
       settled: the decisions that the state's controller gives to every image; where that is
         everything, all images have one architecture and the controller is not asked.
+      threshold_spread: every image is decided at a threshold drawn evenly from 0 plus or minus
+        this, so that the network learns to answer under the budgets that the threshold can meet
+        later (`budget`). Our addition.
     """
     spec = setting.spec
     rate = optimizers.learning_rate_schedule(
@@ -91,7 +95,10 @@ def finetune(
             shape = (labels.shape[0], *spec.mask_shape)
             mask = jnp.broadcast_to(settled.on.astype(np.float32), shape)
         else:
-            mask = policy.greedy(policy_logits_of(setting, state, images))
+            policy_logits = policy_logits_of(setting, state, images)
+            if threshold_spread:
+                policy_logits -= policy.random_thresholds(draws.mask, threshold_spread)
+            mask = policy.greedy(policy_logits)
         return supernet_inputs(images, labels, mask, sgd=sgd, learning_rate=rate(state.step))
 
     paths = settled.may_run(spec.forced_cells)

@@ -94,6 +94,9 @@ def test_every_shipped_flagfile_runs_to_its_results(flagfile, tmp_path, fake_dat
     for row in (*results["static"], *results["variants"]):
         assert 0.0 <= row["test_accuracy"] <= 1.0
         assert row["measured_ms"] > 0.0 and row["table_ms"] > 0.0 and row["flops"] > 0.0
+    for row in results["variants"]:
+        assert 0.0 <= row["shuffled_accuracy"] <= 1.0
+        assert row["same_for_all"]["table_ms"] > 0.0 and row["budget"]["curve"]["thresholds"]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     assert stages == ["pretrain", "search", "finetune_mobilenetv2", "finetune_A", "finetune_B"]

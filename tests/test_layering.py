@@ -18,6 +18,7 @@ LAYERS = {
         "rewards",
         "policy_gradient",
         "latency",
+        "budget",
         "metrics",
         "data",
         "data_sources",

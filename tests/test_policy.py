@@ -176,6 +176,15 @@ class TestSettled:
         np.testing.assert_array_equal(settled.on, [[1, 1, 0, 0, 0], [0] * 5])
         assert settled.everything
 
+    def test_between_two_thresholds(self):
+        """On for good is what is on at the higher one, off for good what is off at the lower."""
+        generous = self.MASKS.copy()
+        generous[0, 1, 3] = 1
+        settled = policy.Settled.by_thresholds(self.MASKS, generous)
+        np.testing.assert_array_equal(settled.on, [[1, 0, 0, 0, 0], [0] * 5])
+        np.testing.assert_array_equal(settled.off, [[0, 0, 0, 1, 1], [1, 1, 1, 0, 1]])
+        assert policy.Settled.by_thresholds(self.MASKS, generous, tolerance=0.25).everything
+
     def test_what_may_run_holds_the_op_of_forced_cells_that_can_be_empty(self):
         settled = policy.Settled.by_masks(self.MASKS)
         undecided = [1, 1, 1, 0, 0]  # Path 0 is always on, so the cell is never empty.

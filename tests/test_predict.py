@@ -78,7 +78,16 @@ def workdir(tmp_path_factory) -> Path:
         for step, saved in ((1, earlier), (FINAL_STEP, final)):
             checkpoints.save(step, {"state": saved, "seconds": np.zeros(())})
         checkpoints.close()
-    rows = [{"name": name, "validation_accuracy": 0.5, "measured_ms": 1.0} for name in controllers]
+    rows = [
+        {
+            "name": name,
+            "validation_accuracy": 0.5,
+            "measured_ms": 1.0,
+            # At these thresholds everything that is undecided is on, as trained, and off.
+            "budget": {"curve": {"thresholds": [-19.0, 0.0, 19.0], "table_ms": [9.0, 5.0, 1.0]}},
+        }
+        for name in controllers
+    ]
     write_json(workdir.results, {"variants": rows})
     return path
 
@@ -140,6 +149,29 @@ def test_answers_are_the_masked_supernets(workdir, variant):
         cells_ms = (ran[index] * np.arange(1.0, 21.0).reshape(4, 5)).sum()
         assert answer.table_ms == fixed_ms + cells_ms
         assert answer.measured_ms > 0.0
+
+
+@pytest.mark.parametrize("variant", ["A", "B"])
+def test_a_budget_moves_what_is_undecided(workdir, variant):
+    opened = trained_run.open_run(str(workdir))
+    variables = trained_run.restore_networks(opened, variant)["controller"]
+    settled = controller.settled(opened.spec, variables)
+    as_trained = predict.Predictor(opened, variant, top=1)(TEST_IMAGES[0]).architecture
+    masks = [
+        predict.Predictor(opened, variant, top=1, budget_ms=ms)(TEST_IMAGES[0]).architecture
+        for ms in (9.0, 5.0, 1.0)
+    ]
+    np.testing.assert_array_equal(masks[0], ~settled.off)
+    np.testing.assert_array_equal(masks[1], as_trained)
+    np.testing.assert_array_equal(masks[2], settled.on)
+
+
+def test_a_budget_that_cannot_be_met(workdir, copy, pictures):
+    done = execute(f"--workdir={workdir}", "--latency_budget_ms=10", pictures)
+    assert done.returncode == 2 and "1.000 to 9.000 ms" in done.stderr and not done.stdout
+    write_json(copy / "results.json", {"variants": [{"name": "A"}]})
+    done = execute(f"--workdir={copy}", "--variant=A", "--latency_budget_ms=5", pictures)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "repeat" in done.stderr
 
 
 def test_good_images_are_answered_among_bad_ones(workdir, pictures):

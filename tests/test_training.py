@@ -221,6 +221,35 @@ def test_settled_decisions_change_what_is_computed_and_nothing_else():
     assert not np.array_equal(after_all, before)
 
 
+def test_finetuning_over_thresholds_draws_one_an_image():
+    setting, spread = make_setting(None), 0.5
+    batch = next(iter(data_lib.train_batches(IMAGES, batch_size=BATCH, seed=1, num_steps=1)))
+    state = fresh_state()
+    state = train_state.ravel(state.replace(controller=undecided_about(state, batch["image"])))
+
+    def masks_of(**options):
+        stage = stages.finetune(
+            setting,
+            name="finetune",
+            sgd=optimizers.SgdSettings(0.05),
+            total_steps=4,
+            settled=policy.Settled.nothing(SPEC.mask_shape),
+            **options,
+        )
+        inputs = jax.jit(stage.phases[0].prepare)(state, dict(batch))
+        return inputs["mask"], policy_logits_of(setting, state, inputs["image"])
+
+    masks, policy_logits = masks_of(threshold_spread=spread)
+    keys = draw_keys(setting, "finetune", state.step, BATCH).mask
+    thresholds = policy.random_thresholds(keys, spread)
+    assert thresholds.shape == (BATCH, 1, 1) and float(jnp.abs(thresholds).max()) <= spread
+    assert len(np.unique(thresholds)) == BATCH and thresholds.min() < 0.0 < thresholds.max()
+    clear = jnp.abs(policy_logits - thresholds) > 1e-4  # Of two programs' rounding.
+    np.testing.assert_array_equal(masks[clear], (policy_logits >= thresholds)[clear])
+    without, _ = masks_of()
+    assert not np.array_equal(masks, without)
+
+
 def undecided_about(state, images):
     """The state's controller with logits whose means over these images are zero."""
     policy_logits = policy_logits_of(

@@ -1,0 +1,115 @@
+"""What a variant's policy is worth: its network under policies that do not look at the image, and
+under other latency budgets.
+
+The weights stay as they were finetuned; only who decides changes. Batches are answered by skipping,
+so that a policy costs what its paths cost.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from instanas_jax import batching, budget, data, inference, latency, policy
+from instanas_jax.latency import LatencyTable
+from instanas_jax.search_space import SupernetSpec
+
+_SHUFFLES = 5
+_BUDGETS = 5
+_BATCH_SIZE = 1024
+
+
+def study(
+    network: inference.Network,
+    *,
+    table: LatencyTable,
+    dataset: data.Dataset,
+    validation_logits: np.ndarray,
+    test_logits: np.ndarray,
+) -> dict[str, Any]:
+    """Fields of a variant's row in results.json.
+
+    Policies and thresholds are chosen by validation images, then answer the test split once.
+
+    Args:
+      validation_logits, test_logits: of the variant's controller, [N, L, O].
+
+    Returns:
+      `shuffled_accuracy`: test accuracy where every image gets the mask of another one, mean over
+      some permutations, which changes no architecture and no latency. `same_for_all`: accuracy and
+      time of the one architecture, made of the paths that the policy takes most often, that takes
+      no longer than the policy in the mean; no controller runs. `budget`: the calibrated `curve`
+      (`budget.Curve`), and a `front` of budgets spread over it.
+    """
+    spec, settled = network.spec, network.settled
+    predictor = batching.BatchPredictor(network)
+    test_accuracy = functools.partial(_accuracy, predictor, dataset.test)
+    validation_accuracy = functools.partial(_accuracy, predictor, dataset.validation)
+
+    def mean_ms(masks: np.ndarray) -> float:
+        return float(latency.image_ms(table, masks, spec.forced_cells, settled).mean())
+
+    def under(budget_ms: float) -> dict[str, float]:
+        threshold = budget.threshold(curve, budget_ms)
+        masks = budget.masks_at(threshold, test_logits, settled)
+        return {
+            "budget_ms": budget_ms,
+            "threshold": threshold,
+            "table_ms": mean_ms(masks),
+            "test_accuracy": test_accuracy(masks),
+            "validation_accuracy": validation_accuracy(
+                budget.masks_at(threshold, validation_logits, settled)
+            ),
+        }
+
+    curve = budget.calibrate(validation_logits, table=table, spec=spec, settled=settled)
+    masks = budget.masks_at(0.0, test_logits, settled)
+    rng = np.random.default_rng(0)
+    shuffled = [test_accuracy(rng.permutation(masks)) for _ in range(_SHUFFLES)]
+    validation_masks = budget.masks_at(0.0, validation_logits, settled)
+    architecture = same_for_all(
+        validation_masks, table=table, spec=spec, budget_ms=mean_ms(validation_masks)
+    )
+    budgets = [] if settled.everything else np.linspace(*curve.range_ms, _BUDGETS)
+    return {
+        "shuffled_accuracy": float(np.mean(shuffled)),
+        "same_for_all": {
+            "test_accuracy": test_accuracy(np.broadcast_to(architecture, masks.shape)),
+            "table_ms": _static_ms(table, spec, architecture),
+        },
+        "budget": {"curve": curve.to_json(), "front": [under(float(ms)) for ms in budgets]},
+    }
+
+
+def same_for_all(
+    masks: np.ndarray, *, table: LatencyTable, spec: SupernetSpec, budget_ms: float
+) -> np.ndarray:
+    """The policy that ignores the image: one architecture [L, O] of a policy's commonest paths.
+
+    Args:
+      masks: [N, L, O] that the policy gives to N images.
+      budget_ms: a static network may take so long, or be the fastest there is.
+    """
+    share = np.asarray(masks, np.float64).mean(axis=0)
+    shares = np.unique(share[share > 0.0])
+    candidates = [(share >= least).astype(np.float32) for least in shares]
+    times = [_static_ms(table, spec, candidate) for candidate in candidates]
+    within = [place for place, ms in enumerate(times) if ms <= budget_ms]
+    best = max(within, key=times.__getitem__) if within else int(np.argmin(times))
+    return candidates[best]
+
+
+def _static_ms(table: LatencyTable, spec: SupernetSpec, architecture: np.ndarray) -> float:
+    settled = policy.Settled.architecture(architecture)
+    return float(latency.image_ms(table, architecture, spec.forced_cells, settled))
+
+
+def _accuracy(predictor: batching.BatchPredictor, images: data.Images, masks: np.ndarray) -> float:
+    """Share of images that are answered right under masks [N, L, O]."""
+    correct = []
+    for first, batch in enumerate(data.eval_batches(images, batch_size=_BATCH_SIZE)):
+        places = slice(first * _BATCH_SIZE, min((first + 1) * _BATCH_SIZE, len(images)))
+        count = places.stop - places.start
+        class_logits = predictor.answer(batch["image"][:count], masks[places])
+        correct.append(class_logits.argmax(axis=-1) == batch["label"][:count])
+    return float(np.concatenate(correct).mean())

@@ -1,0 +1,109 @@
+"""The knob of a trained policy: which threshold of its logits makes images take a given time.
+
+A path is on where its logit reaches the threshold; the policy was trained at 0. A higher one
+leaves paths away, first those that the controller is least sure of, a lower one adds them. What a
+threshold costs is measured by the table on calibration images, none of them of the test split.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from instanas_jax import latency, policy
+from instanas_jax.errors import InputError
+from instanas_jax.latency import LatencyTable
+from instanas_jax.search_space import SupernetSpec
+
+# Quantiles of the undecided logits at which the curve is known: of 128, neighbours are less than
+# one image in a hundred of one path apart.
+_POINTS = 129
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """What images take at some thresholds.
+
+    Attributes:
+      thresholds: of logits, increasing; one of them is 0.
+      table_ms: mean over the calibration images of whole images' table time.
+    """
+
+    thresholds: np.ndarray
+    table_ms: np.ndarray
+
+    @property
+    def range_ms(self) -> tuple[float, float]:
+        """The smallest and the largest mean time that a threshold reaches."""
+        return float(self.table_ms.min()), float(self.table_ms.max())
+
+    def to_json(self) -> dict[str, list[float]]:
+        return {name: values.tolist() for name, values in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Any) -> "Curve":
+        """What `to_json` wrote; ValueError, TypeError or KeyError if it is something else."""
+        curve = cls(*(np.asarray(values[name], float) for name in ("thresholds", "table_ms")))
+        lengths = {array.shape for array in vars(curve).values()}
+        numbers = np.concatenate([curve.thresholds, curve.table_ms])
+        if lengths != {(len(curve.thresholds),)} or not np.isfinite(numbers).all():
+            raise ValueError(f"a budget curve has arrays of shapes {lengths}, all finite")
+        return curve
+
+
+def calibrate(
+    policy_logits: np.ndarray,
+    *,
+    table: LatencyTable,
+    spec: SupernetSpec,
+    settled: policy.Settled,
+) -> Curve:
+    """The curve of a policy.
+
+    Args:
+      policy_logits: [N, L, O] of calibration images.
+      settled: what the policy decides alike for every image, at whatever threshold.
+    """
+    values = np.asarray(policy_logits[:, ~(settled.on | settled.off)], np.float64).ravel()
+    thresholds = np.zeros(1)
+    if values.size:
+        inner = np.quantile(values, np.linspace(0.0, 1.0, _POINTS))
+        # Beyond the last logit every undecided path is off.
+        thresholds = np.unique([*inner, 0.0, np.nextafter(inner[-1], np.inf)])
+
+    def mean_ms(threshold: float) -> float:
+        masks = masks_at(threshold, policy_logits, settled)
+        return float(latency.image_ms(table, masks, spec.forced_cells, settled).mean())
+
+    return Curve(thresholds, np.array([mean_ms(threshold) for threshold in thresholds]))
+
+
+def masks_at(threshold: float, policy_logits: np.ndarray, settled: policy.Settled) -> np.ndarray:
+    """Masks [N, L, O] of a policy that decides at a threshold; what is settled stays."""
+    undecided = ~(settled.on | settled.off)
+    return np.where(undecided, policy_logits >= threshold, settled.on).astype(np.float32)
+
+
+def threshold(curve: Curve, budget_ms: float) -> float:
+    """The threshold at which images take `budget_ms` in the mean.
+
+    A forced cell that loses its last path runs the forced op, so the curve may rise for a while; of
+    several thresholds the one nearest to where the policy was trained is taken.
+
+    Raises:
+      InputError: no threshold makes the policy so slow or so fast.
+    """
+    lowest, highest = curve.range_ms
+    if not lowest <= budget_ms <= highest:
+        raise InputError(
+            f"a budget of {budget_ms:g} ms is out of this variant's reach: by its table it takes "
+            f"{lowest:.3f} to {highest:.3f} ms, choose a budget within"
+        )
+    times, places = curve.table_ms, curve.thresholds
+    exact = places[times == budget_ms]
+    beyond = (times[:-1] - budget_ms) * (times[1:] - budget_ms) < 0.0
+    first, second = np.flatnonzero(beyond), np.flatnonzero(beyond) + 1
+    share = (budget_ms - times[first]) / (times[second] - times[first])
+    between = places[first] + share * (places[second] - places[first])
+    candidates = np.concatenate([exact, between])
+    return float(candidates[np.argmin(np.abs(candidates))])

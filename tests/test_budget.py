@@ -1,0 +1,121 @@
+"""A latency budget is met by the threshold at which a policy decides."""
+
+import jax
+import numpy as np
+import pytest
+
+from instanas_jax import budget, controller, latency, policy
+from instanas_jax.errors import InputError
+from tests.networks import as_if_trained
+from tests.test_latency import SPEC, make_table
+
+TABLE = make_table()  # Cell 2, which may be empty, holds 11 to 15 ms.
+FIXED_MS = 0.5 + 0.25 + 0.125 + 5.0 + 10.0 + 20.0  # Parts of the network, forced cells' last op.
+
+
+def one_undecided(path=(2, 0)) -> policy.Settled:
+    """Everything off for good but one path."""
+    off = np.ones(SPEC.mask_shape, bool)
+    off[path] = False
+    return policy.Settled(on=np.zeros(SPEC.mask_shape, bool), off=off)
+
+
+def logits_of_one_path(values) -> np.ndarray:
+    """[N, L, O]; what is settled has logits that no threshold should look at."""
+    logits = np.zeros((len(values), *SPEC.mask_shape), np.float32)
+    logits[:, 2, 0] = values
+    return logits
+
+
+def calibrate(logits, settled) -> budget.Curve:
+    return budget.calibrate(logits, table=TABLE, spec=SPEC, settled=settled)
+
+
+def test_a_curve_by_hand():
+    curve = calibrate(logits_of_one_path([-1.0, 1.0, 2.0, 3.0]), one_undecided())
+    lowest, highest = curve.range_ms
+    np.testing.assert_allclose([lowest, highest], [FIXED_MS, FIXED_MS + 11.0], rtol=1e-6)
+    at_zero = curve.table_ms[np.flatnonzero(curve.thresholds == 0.0)[0]]
+    np.testing.assert_allclose(at_zero, FIXED_MS + 11.0 * 3 / 4, rtol=1e-6)
+    assert (np.diff(curve.thresholds) > 0).all() and (np.diff(curve.table_ms) <= 0).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_other_images_take_what_was_asked_for(seed):
+    """Calibrated on some images, met on others of the same kind, over the whole range."""
+    rng = np.random.default_rng(seed)
+    on, off = (rng.uniform(size=SPEC.mask_shape) < share for share in (0.1, 0.4))
+    settled = policy.Settled(on=on, off=off & ~on)
+    center = rng.normal(scale=2.0, size=SPEC.mask_shape)
+    logits = rng.normal(center, 1.0, size=(4000, *SPEC.mask_shape)).astype(np.float32)
+    curve = calibrate(logits[:2000], settled)
+    for budget_ms in np.linspace(*curve.range_ms, 7):
+        masks = budget.masks_at(budget.threshold(curve, budget_ms), logits[2000:], settled)
+        assert masks[:, settled.on].all() and not masks[:, settled.off].any()
+        taken = latency.image_ms(TABLE, masks, SPEC.forced_cells, settled).mean()
+        np.testing.assert_allclose(taken, budget_ms, rtol=0.02)
+
+
+def test_of_several_thresholds_the_one_nearest_to_zero():
+    """The forced op of cell 1 takes longer than its path 0: less may cost more."""
+    curve = budget.Curve(np.array([-3.0, -1.0, 0.5, 2.0]), np.array([5.0, 3.0, 5.0, 2.0]))
+    assert budget.threshold(curve, 4.0) == -0.25
+    assert budget.threshold(curve, 5.0) == 0.5
+    assert budget.threshold(curve, 2.0) == 2.0
+
+
+def test_a_budget_out_of_reach_names_what_is_within():
+    curve = budget.Curve(np.array([-1.0, 0.0, 1.0]), np.array([3.0, 2.5, 2.0]))
+    for budget_ms in (1.99, 3.01, np.nan, -1.0, np.inf):
+        with pytest.raises(InputError, match=r"2\.000 to 3\.000 ms"):
+            budget.threshold(curve, budget_ms)
+
+
+def test_where_nothing_is_left_to_decide_one_budget_remains():
+    settled = policy.Settled.architecture(np.ones(SPEC.mask_shape))
+    curve = calibrate(np.zeros((3, *SPEC.mask_shape)), settled)
+    assert curve.thresholds.tolist() == [0.0]
+    assert budget.threshold(curve, curve.range_ms[0]) == 0.0
+
+
+def test_the_controller_that_decides_at_a_threshold_gives_these_masks():
+    variables = as_if_trained(controller.init(jax.random.key(0), SPEC), seed=1)
+    settled = one_undecided()
+    images = np.random.default_rng(0).normal(size=(64, 32, 32, 3)).astype(np.float32)
+
+    def logits_of(variables) -> np.ndarray:
+        folded = controller.fold(variables)
+        return np.asarray(controller.apply_eval(SPEC, folded, images, lowering="native"))
+
+    for some in (policy.Settled.nothing(SPEC.mask_shape), settled):
+        trained = controller.settle(variables, some)
+        before = logits_of(trained)
+        threshold = float(np.median(before[:, 2, 0])) + 1e-3
+        moved = controller.decide_at(trained, threshold)
+        masks = budget.masks_at(threshold, before, some)
+        assert 0.0 < masks[:, 2, 0].mean() < 1.0
+        np.testing.assert_array_equal(policy.greedy(logits_of(moved)), masks)
+        np.testing.assert_array_equal(controller.settled(SPEC, moved).off, some.off)
+
+
+def test_a_curve_travels_as_json():
+    curve = calibrate(logits_of_one_path([-1.0, 2.0]), one_undecided())
+    again = budget.Curve.from_json(curve.to_json())
+    np.testing.assert_array_equal(again.thresholds, curve.thresholds)
+    np.testing.assert_array_equal(again.table_ms, curve.table_ms)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        None,
+        {"thresholds": [0.0], "table_ms": [1.0, 2.0]},
+        {"thresholds": [0.0, 1.0], "table_ms": [1.0, float("nan")]},
+        {"thresholds": "abc", "table_ms": [1.0]},
+        {"thresholds": 0.0, "table_ms": 1.0},
+    ],
+)
+def test_something_else_is_no_curve(values):
+    with pytest.raises((ValueError, TypeError, KeyError)):
+        budget.Curve.from_json(values)
