@@ -20,7 +20,7 @@ from benchmarks import reporting
 from benchmarks.subjects import Call, Subjects
 from experiments import flags as flags_lib
 from experiments.config import ModelConfig
-from instanas_jax import environment, latency, profiling
+from instanas_jax import environment, latency, profiling, whole_networks
 from instanas_jax.errors import InputError
 from instanas_jax.policy import Settled
 
@@ -54,7 +54,9 @@ def _run() -> None:
         spec = subjects.spec
         images, chosen = _images_of_many_architectures(subjects, values.images)
         calls += [functools.partial(subjects.predictor, image) for image in images]
-    masks = profiling.random_masks(spec, values.architectures, densities=_DENSITIES, seed=_SEED)
+    masks = whole_networks.random_masks(
+        spec, values.architectures, densities=_DENSITIES, seed=_SEED
+    )
     with tqdm(total=values.rounds, desc="networks", unit="round", dynamic_ncols=True) as bar:
         table, measured_ms = profiling.measure_beside(
             spec, masks, calls, rounds=values.rounds, on_round=bar.update

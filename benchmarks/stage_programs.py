@@ -66,6 +66,7 @@ def counted_table(spec: SupernetSpec) -> latency.LatencyTable:
         dtype="float32",
         fixed_ms=dict.fromkeys(latency.FIXED_PARTS, 0.0),
         cells_ms=flops / _FLOPS_A_MS,
+        settled_ms=flops / _FLOPS_A_MS,
         spread_ms=np.zeros(spec.mask_shape),
         repeats=1,
         in_network_ms=dict.fromkeys(latency.IN_NETWORK, 0.0),

@@ -79,7 +79,7 @@ def search_stage(
     decay_steps = round(section.controller_decay_epochs * epoch_steps)
     return search.search(
         setting,
-        cells_ms=table.cells_ms,
+        cells_ms=table.settled_ms,
         several_ms=table.several_ms,
         reward=search.RewardSettings(
             lower_ms=bounds.min_ms,

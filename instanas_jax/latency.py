@@ -2,7 +2,8 @@
 
 A predicted latency is the sum of the active paths' rows, what every image pays (stem, head, and the
 controller where it runs), and what deciding costs: something for each cell that switches, and for
-each path beyond the first in such a cell.
+each path beyond the first in such a cell. A path has two rows, one for cells that switch and one
+for settled cells, whose weights are few and at hand.
 """
 
 import dataclasses
@@ -19,11 +20,14 @@ from instanas_jax import policy
 from instanas_jax.errors import InputError
 from instanas_jax.search_space import MOBILENETV2_OP, SupernetSpec, uniform_architecture
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FIXED_PARTS = ("stem", "head", "controller")
-# What whole networks cost beyond their kernels timed alone: a cell that switches, a path, a
-# megabyte of a path's weights, and a path beyond the first of a cell that switches.
-IN_NETWORK = ("switch", "path", "megabyte", "several")
+# What whole networks cost beyond their kernels timed alone. Where cells switch: a cell, a path, a
+# megabyte of a path's weights, and a path beyond a cell's first. And, in a static network, a
+# megabyte of weights.
+IN_NETWORK = ("switch", "path", "megabyte", "several", "settled_megabyte")
+
+_GRIDS = ("cells_ms", "settled_ms", "spread_ms")  # Fields of shape [L, O].
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +41,8 @@ class LatencyTable:
     batch_size: int
     dtype: str
     fixed_ms: dict[str, float]  # One entry for each of `FIXED_PARTS`.
-    cells_ms: np.ndarray  # [L, O], as part of a network: "path" and "megabyte" are in here.
+    cells_ms: np.ndarray  # [L, O], in a cell that switches: "path" and "megabyte" are in here.
+    settled_ms: np.ndarray  # [L, O], in a cell that does not: "settled_megabyte" is in here.
     spread_ms: np.ndarray  # [L, O], interquartile range of the timed runs.
     repeats: int
     in_network_ms: dict[str, float]  # One entry for each of `IN_NETWORK`.
@@ -72,7 +77,7 @@ def lookup(
     """Latency of each image's cells, the empty-cell rule applied, what every image pays left out.
 
     Args:
-      cells_ms: [L, O].
+      cells_ms: rows of either kind, [L, O].
       mask: [..., L, O].
       forced_cells: bool [L], `SupernetSpec.forced_cells`.
       several_ms: of each path beyond a cell's first; [L] or the same for all.
@@ -98,15 +103,16 @@ def image_ms(
       settled: what the policy decides alike for every image. Cells of which nothing is left to
         decide do not switch, and where no cell switches the controller does not run.
     """
-    several_ms = table.several_ms * settled.undecided_cells
-    cells = lookup(table.cells_ms, mask, forced_cells, several_ms=several_ms)
-    switches_ms = table.in_network_ms["switch"] * settled.undecided_cells.sum()
+    switches = settled.undecided_cells
+    rows_ms = np.where(switches[:, None], table.cells_ms, table.settled_ms)
+    cells = lookup(rows_ms, mask, forced_cells, several_ms=table.several_ms * switches)
+    switches_ms = table.in_network_ms["switch"] * switches.sum()
     fixed_ms = table.fixed_total_ms(controller=not settled.everything)
     return np.asarray(cells) + switches_ms + fixed_ms
 
 
 def baselines(table: LatencyTable, spec: SupernetSpec) -> LatencyBaselines:
-    """The three architectures that the bounds of the reward refer to.
+    """The three architectures that the bounds of the reward refer to, as static networks.
 
     Differs from the authors' program, whose smallest latency is that of op 4 in each group's
     first cell: where op 4 is not the fastest op, as in narrow networks on CPUs, that is no lower
@@ -114,24 +120,24 @@ def baselines(table: LatencyTable, spec: SupernetSpec) -> LatencyBaselines:
     """
     mobilenetv2 = uniform_architecture(spec, MOBILENETV2_OP)
     return LatencyBaselines(
-        mobilenetv2_ms=float(lookup(table.cells_ms, mobilenetv2, spec.forced_cells)),
+        mobilenetv2_ms=float(lookup(table.settled_ms, mobilenetv2, spec.forced_cells)),
         max_ms=float(
             lookup(
-                table.cells_ms,
+                table.settled_ms,
                 np.ones(spec.mask_shape),
                 spec.forced_cells,
                 several_ms=table.several_ms,
             )
         ),
-        min_ms=float(table.cells_ms[spec.forced_cells].min(axis=-1).sum()),
+        min_ms=float(table.settled_ms[spec.forced_cells].min(axis=-1).sum()),
     )
 
 
 def save(table: LatencyTable, path: str | os.PathLike[str]) -> None:
     """Writes the table as JSON, whole or not at all."""
     values = dataclasses.asdict(table)
-    values["cells_ms"] = np.round(table.cells_ms, 6).tolist()
-    values["spread_ms"] = np.round(table.spread_ms, 6).tolist()
+    for name in _GRIDS:
+        values[name] = np.round(values[name], 6).tolist()
     text = json.dumps({"schema_version": SCHEMA_VERSION, **values}, indent=1)
     temporary = Path(f"{path}.partial")
     temporary.write_text(text + "\n")
@@ -204,8 +210,8 @@ def _parse(path: str | os.PathLike[str]) -> LatencyTable:
                 f"latency table {path} has schema_version {version}, this program reads "
                 f"{SCHEMA_VERSION}: measure it anew"
             )
-        values["cells_ms"] = np.asarray(values["cells_ms"], np.float64)
-        values["spread_ms"] = np.asarray(values["spread_ms"], np.float64)
+        grids = {name: np.asarray(values[name], np.float64) for name in _GRIDS}
+        values |= grids
         table = LatencyTable(**values)
         complete = set(table.fixed_ms) == set(FIXED_PARTS)
         complete &= set(table.in_network_ms) == set(IN_NETWORK)
@@ -217,14 +223,16 @@ def _parse(path: str | os.PathLike[str]) -> LatencyTable:
             f"latency table {path} lacks or misstates a field ({error}): measure it anew"
         ) from None
     shape = (cells, len(table.spec["ops"]))
-    if table.cells_ms.shape != shape or table.spread_ms.shape != shape or not complete:
+    if {grid.shape for grid in grids.values()} != {shape} or not complete:
+        shapes = ", ".join(f"{name} {list(grid.shape)}" for name, grid in grids.items())
         raise InputError(
-            f"latency table {path} holds cells_ms of shape {list(table.cells_ms.shape)} and "
+            f"latency table {path} holds grids of shapes {shapes}, "
             f"fixed_ms {sorted(table.fixed_ms)}, in_network_ms {sorted(table.in_network_ms)}; its "
             f"spec needs {list(shape)}, {sorted(FIXED_PARTS)} and {sorted(IN_NETWORK)}: measure it "
             "anew"
         )
-    times = [*table.cells_ms.flat, *table.fixed_ms.values(), *table.in_network_ms.values()]
-    if not all(np.isfinite(time) and time >= 0.0 for time in times) or table.cells_ms.max() <= 0:
+    times = [*table.fixed_ms.values(), *table.in_network_ms.values()]
+    times += [time for grid in grids.values() for time in grid.flat]
+    if not all(np.isfinite(time) and time >= 0.0 for time in times) or table.settled_ms.max() <= 0:
         raise InputError(f"latency table {path} holds a time that is no time: measure it anew")
     return table

@@ -9,8 +9,9 @@ subtracted.
 
 In a network a path costs more than its kernels alone: its switch, weights that have left the
 nearest cache, the sum with other paths of its cell. The same rounds time the skipping execution
-of random architectures, and what their times have beyond the sum of their rows is fitted by four
-figures, `latency.IN_NETWORK`.
+of random architectures, and what their times have beyond the sum of their rows is fitted by the
+figures of `latency.IN_NETWORK`. A static network, MobileNetV2's, is timed as well: it has neither
+switches nor a supernet's weights.
 """
 
 import dataclasses
@@ -22,26 +23,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import optimize
 
 from instanas_jax import (
     controller,
     convolution,
-    cost,
     environment,
-    inference,
     ops,
-    policy,
     skipping,
     supernet,
+    whole_networks,
 )
-from instanas_jax.latency import IN_NETWORK, LatencyTable
+from instanas_jax.latency import LatencyTable
 from instanas_jax.search_space import CANDIDATE_OPS, CellSpec, SupernetSpec
 
 _FASTEST_MS = 1e-4  # A row is a time: noise must not make it zero or negative.
 # Architectures that are timed whole, with from a twentieth to all but a twentieth of their paths.
 _NETWORKS = 40
 _DENSITIES = (0.05, 0.95)
+# Calls after which a static network runs as one that answers image after image: its megabytes are
+# back in the caches, where one call leaves half of what they cost.
+_STATIC_IN_A_ROW = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +55,11 @@ class _Program:
         return _seconds(functools.partial(self.run, self.weights, self.x))
 
 
-def _seconds(call: Callable[[], Any]) -> float:
+def _seconds(call: Callable[[], Any], *, untimed: int = 1) -> float:
     """Of one call, with the weights in cache, as they are in a network that answers many images:
     all other programs have run since this one's last call."""
-    jax.block_until_ready(call())
+    for _ in range(untimed):
+        jax.block_until_ready(call())
     start = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - start
@@ -108,9 +110,10 @@ def measure_beside(
     fixed, cells = _programs(spec, lowering, jax.random.key(seed))
     distinct = {**{("fixed", name): program for name, program in fixed.items()}, **cells}
     empty_calls = {key: _empty_call(program) for key, program in distinct.items()}
-    masks = random_masks(spec, _NETWORKS, densities=_DENSITIES, seed=seed)
+    masks = whole_networks.random_masks(spec, _NETWORKS, densities=_DENSITIES, seed=seed)
     # One program for all masks: where its weights happen to lie in memory is worth 3 %.
-    network = _whole_network(spec, lowering, jax.random.key(seed))
+    network = whole_networks.skipping_network(spec, lowering, jax.random.key(seed))
+    static = whole_networks.static_network(spec, lowering, jax.random.key(seed))
     whole: list[Callable[[], Any]] = [
         *(functools.partial(network, jnp.asarray(mask)) for mask in (*masks, *others)),
         *calls,
@@ -122,10 +125,12 @@ def measure_beside(
     seconds: dict[Any, list[float]] = {key: [] for key in distinct}
     overhead: dict[Any, list[float]] = {key: [] for key in distinct}
     whole_seconds = np.zeros((rounds, len(whole)))
+    static_seconds = np.zeros(rounds)
     for done in range(rounds):
         for key, program in distinct.items():
             seconds[key].append(program.seconds())
             overhead[key].append(empty_calls[key].seconds())
+        static_seconds[done] = _seconds(static, untimed=_STATIC_IN_A_ROW)
         for index, call in enumerate(whole):
             whole_seconds[done, index] = _seconds(call)
         on_round()
@@ -142,12 +147,20 @@ def measure_beside(
     fixed_ms = {name: undisturbed_ms(("fixed", name)) for name in fixed}
     alone_ms = np.array([[undisturbed_ms(key) for key in row] for row in keys])
     whole_ms = _undisturbed(whole_seconds) * 1e3
-    in_network_ms = _fit_in_network(
+    random_ms, others_ms = np.split(whole_ms, (len(masks),))
+    in_network_ms = whole_networks.fit_switching(
         spec,
         masks,
-        measured_ms=whole_ms[: len(masks)],
-        kernels_ms=(_running(spec, masks) * alone_ms).sum(axis=(1, 2)) + sum(fixed_ms.values()),
+        measured_ms=random_ms,
+        kernels_ms=(whole_networks.running_paths(spec, masks) * alone_ms).sum(axis=(1, 2))
+        + sum(fixed_ms.values()),
+    ) | whole_networks.fit_static(
+        spec,
+        alone_ms,
+        measured_ms=float(_undisturbed(static_seconds)) * 1e3,
+        ends_ms=fixed_ms["stem"] + fixed_ms["head"],
     )
+    megabytes = whole_networks.weight_megabytes(spec)
     table = LatencyTable(
         backend=jax.default_backend(),
         device=environment.describe_device(),
@@ -156,81 +169,18 @@ def measure_beside(
         batch_size=1,
         dtype="float32",
         fixed_ms=fixed_ms,
-        cells_ms=alone_ms
-        + in_network_ms["path"]
-        + in_network_ms["megabyte"] * _weight_megabytes(spec),
+        cells_ms=alone_ms + in_network_ms["path"] + in_network_ms["megabyte"] * megabytes,
+        settled_ms=alone_ms + in_network_ms["settled_megabyte"] * megabytes,
         spread_ms=np.array([[spread_ms(key) for key in row] for row in keys]),
         repeats=rounds,
         in_network_ms=in_network_ms,
     )
-    return table, whole_ms[len(masks) :]
+    return table, others_ms
 
 
 def _undisturbed(seconds: Sequence[float] | np.ndarray) -> np.ndarray:
     """Of runs [rounds, ...]."""
     return np.percentile(seconds, 10, axis=0)
-
-
-def random_masks(
-    spec: SupernetSpec, count: int, *, densities: tuple[float, float], seed: int
-) -> np.ndarray:
-    """Masks [count, L, O] with shares of paths on that are drawn evenly from a range."""
-    rng = np.random.default_rng(seed)
-    shares = rng.uniform(*densities, size=(count, 1, 1))
-    return (rng.uniform(size=(count, *spec.mask_shape)) < shares).astype(np.float32)
-
-
-def _whole_network(
-    spec: SupernetSpec, lowering: convolution.Lowering, key: jax.Array
-) -> Callable[[jax.Array], Any]:
-    """The skipping execution of one image under a mask [L, O] from outside, weights random.
-
-    The controller runs as well, though its mask is not used.
-    """
-    network = inference.deploy(
-        spec,
-        supernet_variables=supernet.init(key, spec),
-        controller_variables=controller.init(key, spec),
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        lowering=lowering,
-    )
-
-    def run(weights, image, mask):
-        return network.answer(weights, image, mask), network.decide(weights, image)
-
-    image = jnp.zeros((1, spec.image_size, spec.image_size, 3), jnp.uint8)
-    mask = jax.ShapeDtypeStruct(spec.mask_shape, jnp.float32)
-    compiled = jax.jit(run).lower(network.weights, image, mask).compile()
-    return functools.partial(compiled, network.weights, image)
-
-
-def _running(spec: SupernetSpec, masks: np.ndarray) -> np.ndarray:
-    return np.asarray(policy.resolve_empty_cells(masks, spec.forced_cells)[0])
-
-
-def _weight_megabytes(spec: SupernetSpec) -> np.ndarray:
-    """Of each path, float32; [L, O]."""
-    return cost.path_costs(spec)[1] * 4e-6
-
-
-def _fit_in_network(
-    spec: SupernetSpec, masks: np.ndarray, *, measured_ms: np.ndarray, kernels_ms: np.ndarray
-) -> dict[str, float]:
-    """What networks [N] take beyond the sum of their kernels, by least squares of the relative
-    error; no figure is below zero."""
-    running = _running(spec, masks)
-    paths = running.sum(axis=-1)
-    features = {
-        "switch": np.full(len(masks), spec.num_cells),
-        "path": paths.sum(axis=-1),
-        "megabyte": (running * _weight_megabytes(spec)).sum(axis=(1, 2)),
-        "several": np.maximum(paths - 1.0, 0.0).sum(axis=-1),
-    }
-    columns = np.stack([features[name] for name in IN_NETWORK], axis=1)
-    beyond = (measured_ms - kernels_ms) / measured_ms
-    figures, _ = optimize.nnls(columns / measured_ms[:, None], beyond)
-    return dict(zip(IN_NETWORK, figures.tolist(), strict=True))
 
 
 def _programs(

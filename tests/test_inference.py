@@ -19,6 +19,7 @@ from instanas_jax import (
     profiling,
     skipping,
     supernet,
+    whole_networks,
 )
 from instanas_jax.search_space import preset, uniform_architecture
 from tests.networks import as_if_trained
@@ -262,16 +263,17 @@ class TestPredictors:
 
 def test_a_measured_table_is_complete_and_positive():
     table = profiling.measure(SPEC, rounds=2)
-    assert table.cells_ms.shape == SPEC.mask_shape
+    assert table.cells_ms.shape == table.settled_ms.shape == SPEC.mask_shape
+    assert (table.settled_ms > 0).all()
     assert (table.cells_ms > 0).all() and all(time > 0 for time in table.fixed_ms.values())
     assert table.repeats == 2 and table.batch_size == 1
 
 
 def test_what_networks_cost_beyond_their_kernels_is_found_again():
     """Times made of known figures, without noise."""
-    masks = profiling.random_masks(SPEC, 30, densities=(0.05, 0.95), seed=3)
+    masks = whole_networks.random_masks(SPEC, 30, densities=(0.05, 0.95), seed=3)
     known = {"switch": 0.02, "path": 0.03, "megabyte": 0.5, "several": 0.04}
-    running = profiling._running(SPEC, masks)
+    running = whole_networks.running_paths(SPEC, masks)
     paths = running.sum(axis=-1)
     kernels_ms = np.random.default_rng(0).uniform(1.0, 2.0, len(masks))
     megabytes = (running * cost.path_costs(SPEC)[1]).sum(axis=(1, 2)) * 4 / 1e6
@@ -282,8 +284,21 @@ def test_what_networks_cost_beyond_their_kernels_is_found_again():
         + megabytes * known["megabyte"]
         + np.maximum(paths - 1, 0).sum(axis=-1) * known["several"]
     )
-    found = profiling._fit_in_network(SPEC, masks, measured_ms=measured_ms, kernels_ms=kernels_ms)
+    found = whole_networks.fit_switching(
+        SPEC, masks, measured_ms=measured_ms, kernels_ms=kernels_ms
+    )
     assert found == pytest.approx(known, rel=1e-3)
+
+
+def test_what_a_static_network_costs_beyond_its_kernels():
+    alone_ms = np.random.default_rng(0).uniform(0.1, 0.2, SPEC.mask_shape)
+    kernels_ms = alone_ms[:, 0].sum() + 0.3  # MobileNetV2 runs op 0, stem and head take 0.3.
+    megabytes = cost.path_costs(SPEC)[1][:, 0].sum() * 4 / 1e6
+    for beyond, expected in ((0.2, 0.2 / megabytes), (-0.2, 0.0)):
+        found = whole_networks.fit_static(
+            SPEC, alone_ms, measured_ms=kernels_ms + beyond, ends_ms=0.3
+        )
+        assert found == {"settled_megabyte": pytest.approx(expected)}
 
 
 def test_other_networks_are_timed_beside_the_table():

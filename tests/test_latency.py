@@ -21,6 +21,7 @@ def make_table(**changes) -> latency.LatencyTable:
         dtype="float32",
         fixed_ms={"stem": 0.5, "head": 0.25, "controller": 0.125},
         cells_ms=cells_ms,
+        settled_ms=cells_ms,
         spread_ms=np.zeros((4, 5)),
         repeats=3,
         in_network_ms=dict.fromkeys(latency.IN_NETWORK, 0.0),
@@ -53,7 +54,10 @@ def test_fixed_parts_leave_the_controller_out_for_static_architectures():
 
 
 def test_deciding_costs_where_something_is_left_to_decide():
-    table = make_table(in_network_ms={"switch": 0.01, "path": 9.0, "megabyte": 9.0, "several": 0.1})
+    in_network_ms = dict.fromkeys(latency.IN_NETWORK, 9.0) | {"switch": 0.01, "several": 0.1}
+    table = make_table(in_network_ms=in_network_ms)
+    # A path that runs without a switch takes half as long.
+    table = dataclasses.replace(table, settled_ms=table.cells_ms / 2)
     mask = np.zeros((4, 5), np.float32)
     mask[0, :2] = mask[2, :3] = 1.0  # Rows 1 + 2 and 11 + 12 + 13; cells 1 and 3 are forced.
     rows = 3.0 + 36.0 + 10.0 + 20.0
@@ -65,9 +69,9 @@ def test_deciding_costs_where_something_is_left_to_decide():
     assert predicted(undecided) == pytest.approx(rows + (1 + 2) * 0.1 + 4 * 0.01 + 0.875)
     cell_0_settled = policy.Settled.nothing(SPEC.mask_shape)
     cell_0_settled.on[0, :2] = cell_0_settled.off[0, 2:] = True
-    assert predicted(cell_0_settled) == pytest.approx(rows + 2 * 0.1 + 3 * 0.01 + 0.875)
+    assert predicted(cell_0_settled) == pytest.approx(rows - 1.5 + 2 * 0.1 + 3 * 0.01 + 0.875)
     # One architecture is left: neither switches nor the controller run.
-    assert predicted(policy.Settled.architecture(mask)) == pytest.approx(rows + 0.75)
+    assert predicted(policy.Settled.architecture(mask)) == pytest.approx(rows / 2 + 0.75)
 
 
 def test_a_saved_table_loads_equal(tmp_path):
@@ -75,6 +79,7 @@ def test_a_saved_table_loads_equal(tmp_path):
     latency.save(table, tmp_path / "t.json")
     loaded = latency.load(tmp_path / "t.json", SPEC, device=table.device)
     np.testing.assert_array_equal(loaded.cells_ms, table.cells_ms)
+    np.testing.assert_array_equal(loaded.settled_ms, table.settled_ms)
     assert loaded.fixed_ms == table.fixed_ms
     assert not list(tmp_path.glob("*.partial"))
 
@@ -100,6 +105,7 @@ def test_another_supernets_table_is_an_error_naming_both(tmp_path):
         ("schema_version", 9),
         ("cells_ms", [[1.0]]),
         ("cells_ms", "fast"),
+        ("settled_ms", [[1.0]]),
         ("fixed_ms", {"stem": 1.0}),
         ("in_network_ms", {"switch": 0.0}),
         ("fixed_ms", {"stem": -1.0, "head": 1.0, "controller": 1.0}),

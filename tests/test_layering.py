@@ -40,6 +40,7 @@ LAYERS = {
         "stages",
         "search",
         "profiling",
+        "whole_networks",
         "inference",
         "skipping",
         "batching",

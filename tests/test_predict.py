@@ -58,6 +58,7 @@ def workdir(tmp_path_factory) -> Path:
         dtype="float32",
         fixed_ms={"stem": 100.0, "head": 200.0, "controller": 400.0},
         cells_ms=np.arange(1.0, 21.0).reshape(spec.mask_shape),
+        settled_ms=np.arange(1.0, 21.0).reshape(spec.mask_shape),
         spread_ms=np.zeros(spec.mask_shape),
         repeats=1,
         in_network_ms=dict.fromkeys(latency.IN_NETWORK, 0.0),
@@ -338,6 +339,7 @@ class TestDamage:
         spec = Config.from_json(values | {"model": model}).model.spec(num_classes=10)
         times = np.ones(spec.mask_shape).tolist()
         table |= {"spec": spec.to_json(), "cells_ms": times, "spread_ms": times}
+        table["settled_ms"] = times
         write_json(copy / "latency_table.json", table)
         with pytest.raises(InputError, match="networks that config.json describes"):
             trained_run.restore_networks(trained_run.open_run(str(copy)), "A")
