@@ -15,8 +15,6 @@ from experiments.workdir import Workdir
 from instanas_jax import (
     controller,
     data,
-    environment,
-    latency,
     metrics,
     parallel,
     policy,
@@ -64,6 +62,7 @@ class Pipeline:
       workdir: where everything goes.
       table_path: a latency table to search with; None to measure one.
       allow_foreign_table: accept another device's table.
+      writer: of metrics; by default one into the folder.
     """
 
     def __init__(
@@ -74,6 +73,7 @@ class Pipeline:
         workdir: Workdir,
         table_path: str | None = None,
         allow_foreign_table: bool = False,
+        writer: metrics.Writer | None = None,
     ):
         self.config = config
         self.dataset = dataset
@@ -87,9 +87,11 @@ class Pipeline:
         self.setting = recipe.make_setting(config, self.spec, dataset)
         self._check_batches()
         self.table = parallel.from_first(
-            lambda: self._latency_table(table_path, allow_foreign_table)
+            lambda: timing.table_of_run(
+                config.run, self.spec, workdir, path=table_path, allow_foreign=allow_foreign_table
+            )
         )
-        self.writer = metrics.MultiWriter(
+        self.writer = writer or metrics.MultiWriter(
             [metrics.JsonlWriter(workdir.metrics), metrics.TensorBoardWriter(workdir.tensorboard)]
             if parallel.is_first()
             else []
@@ -101,12 +103,8 @@ class Pipeline:
     def run(self) -> dict[str, Any]:
         """Runs or resumes every stage, then evaluates; returns the contents of results.json."""
         pretraining, searching = self._plan_pretraining(), self._plan_search()
-        baselines = [self._plan_static(op) for op in self.config.run.static_ops]
-        fresh = train_state.create(
-            jax.random.key(self.config.run.seed),
-            self.spec,
-            policy_start=recipe.policy_start(self.spec, self.config.search),
-        )
+        baselines = [self._plan_one_op(op) for op in self.config.run.static_ops]
+        fresh = self._fresh()
         # What trains later compiles on the cores that what trains now leaves idle; what trains
         # first compiles alone, or it would share them while nothing trains.
         with concurrent.futures.ThreadPoolExecutor(1) as compiler:
@@ -144,6 +142,30 @@ class Pipeline:
             seconds=seconds,
         )
 
+    def pretrained(self) -> TrainState:
+        """The pretrained supernet of a run that has one; InputError otherwise."""
+        plan = self._plan_pretraining()
+        checkpoints = self.workdir.checkpoints(plan.stage.name)
+        if not stage_runner.is_done(checkpoints, plan.total_steps):
+            raise InputError(
+                f"{checkpoints} lacks the pretrained supernet: copy the run's folder whole, or "
+                "repeat the command of the run in another --workdir"
+            )
+        return self._pretrain(plan, self._fresh())[0]
+
+    def train_static(
+        self, name: str, architecture: np.ndarray, pretrained: TrainState
+    ) -> TrainState:
+        """One architecture [L, O] as the run's static baselines are trained, or resumed."""
+        return self._finetune(self._plan_static(name, architecture), pretrained).state
+
+    def _fresh(self) -> TrainState:
+        return train_state.create(
+            jax.random.key(self.config.run.seed),
+            self.spec,
+            policy_start=recipe.policy_start(self.spec, self.config.search),
+        )
+
     def _steps(self, epochs: float, batch_size: int) -> int:
         return recipe.stage_steps(epochs, images=len(self.dataset.train), batch_size=batch_size)
 
@@ -152,23 +174,6 @@ class Pipeline:
             batch_size = getattr(self.config, name).batch_size
             parallel.check_batch_size(batch_size, flag=f"{name}_batch_size")
             data.steps_per_epoch(len(self.dataset.train), batch_size)
-
-    def _latency_table(self, table_path: str | None, allow_foreign: bool) -> latency.LatencyTable:
-        device = environment.describe_device(inference_threads=self.config.run.inference_threads)
-        if self.workdir.latency_table.exists():
-            # The table this run began with; a resume on another machine keeps its reward.
-            return latency.load(self.workdir.latency_table, self.spec)
-        if table_path:
-            table = latency.load(table_path, self.spec, device=device, allow_foreign=allow_foreign)
-        else:
-            table = timing.measure_table(
-                self.spec,
-                rounds=self.config.run.profile_rounds,
-                threads=self.config.run.inference_threads,
-            )
-        latency.save(table, self.workdir.latency_table)
-        # What a resumed run reads: times as they are rounded in the file.
-        return latency.load(self.workdir.latency_table, self.spec)
 
     def _compile_ahead(
         self, compiler: concurrent.futures.Executor, state: TrainState, plans: list[_Plan]
@@ -234,12 +239,14 @@ class Pipeline:
         )
         return _Plan(stage, section, total_steps)
 
-    def _plan_static(self, op_name: str) -> _Plan:
-        """A static baseline, from the pretrained supernet, with as many images as the supernet
-        sees after pretraining on the way to a variant: its half of the search, and finetuning."""
+    def _plan_one_op(self, op_name: str) -> _Plan:
         op = search_space.op_index(op_name)
         name = "mobilenetv2" if op == search_space.MOBILENETV2_OP else op_name
-        architecture = search_space.uniform_architecture(self.spec, op)
+        return self._plan_static(name, search_space.uniform_architecture(self.spec, op))
+
+    def _plan_static(self, name: str, architecture: np.ndarray) -> _Plan:
+        """A static baseline, from the pretrained supernet, with as many images as the supernet
+        sees after pretraining on the way to a variant: its half of the search, and finetuning."""
         epochs = self.config.search.epochs / 2 + self.config.finetune.epochs
         settled = policy.Settled.architecture(architecture)
         return self._plan_finetuning(name, settled, epochs, architecture)

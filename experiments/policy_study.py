@@ -6,6 +6,7 @@ so that a policy costs what its paths cost.
 """
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from instanas_jax import batching, budget, data, inference, latency, policy
 from instanas_jax.latency import LatencyTable
 from instanas_jax.search_space import SupernetSpec
 
-_SHUFFLES = 5
+_IMAGES = 10_000  # Of a split, at most.
+_SHUFFLED_IMAGES = 2_500  # At least, over all permutations.
 _BUDGETS = 5
 _BATCH_SIZE = 1024
 
@@ -29,20 +31,22 @@ def study(
 ) -> dict[str, Any]:
     """Fields of a variant's row in results.json.
 
-    Policies and thresholds are chosen by validation images, then answer the test split once.
+    Policies and thresholds are chosen by validation images; nothing is by the test split. Of larger
+    splits the first 10,000 images stand for all.
 
     Args:
       validation_logits, test_logits: of the variant's controller, [N, L, O].
 
     Returns:
-      `shuffled_accuracy`: test accuracy where every image gets the mask of another one, mean over
-      some permutations, which changes no architecture and no latency. `same_for_all`: accuracy and
-      time of the one architecture, made of the paths that the policy takes most often, that takes
-      no longer than the policy in the mean; no controller runs. `budget`: the calibrated `curve`
+      `shuffled_accuracy`: test accuracy where masks are permuted among the images, which changes no
+      architecture and no latency; mean over some permutations where images are few.
+      `same_for_all`: accuracy and time of the one architecture, see the function; no controller
+      runs. `budget`: the calibrated `curve`
       (`budget.Curve`), and a `front` of budgets spread over it.
     """
     spec, settled = network.spec, network.settled
     predictor = batching.BatchPredictor(network)
+    test_logits, validation_logits = test_logits[:_IMAGES], validation_logits[:_IMAGES]
     test_accuracy = functools.partial(_accuracy, predictor, dataset.test)
     validation_accuracy = functools.partial(_accuracy, predictor, dataset.validation)
 
@@ -65,7 +69,8 @@ def study(
     curve = budget.calibrate(validation_logits, table=table, spec=spec, settled=settled)
     masks = budget.masks_at(0.0, test_logits, settled)
     rng = np.random.default_rng(0)
-    shuffled = [test_accuracy(rng.permutation(masks)) for _ in range(_SHUFFLES)]
+    shuffles = math.ceil(_SHUFFLED_IMAGES / len(masks))
+    shuffled = [test_accuracy(rng.permutation(masks)) for _ in range(shuffles)]
     validation_masks = budget.masks_at(0.0, validation_logits, settled)
     architecture = same_for_all(
         validation_masks, table=table, spec=spec, budget_ms=mean_ms(validation_masks)
@@ -75,7 +80,7 @@ def study(
         "shuffled_accuracy": float(np.mean(shuffled)),
         "same_for_all": {
             "test_accuracy": test_accuracy(np.broadcast_to(architecture, masks.shape)),
-            "table_ms": _static_ms(table, spec, architecture),
+            "table_ms": latency.static_ms(table, architecture, spec.forced_cells),
         },
         "budget": {"curve": curve.to_json(), "front": [under(float(ms)) for ms in budgets]},
     }
@@ -84,32 +89,30 @@ def study(
 def same_for_all(
     masks: np.ndarray, *, table: LatencyTable, spec: SupernetSpec, budget_ms: float
 ) -> np.ndarray:
-    """The policy that ignores the image: one architecture [L, O] of a policy's commonest paths.
+    """The policy that ignores the image: one architecture [L, O] of the paths that run most often.
 
     Args:
-      masks: [N, L, O] that the policy gives to N images.
-      budget_ms: a static network may take so long, or be the fastest there is.
+      masks: [N, L, O] that a policy gives to N images.
+      budget_ms: of the architectures that take no longer as static networks the slowest is taken;
+        where there is none, the fastest of all.
     """
-    share = np.asarray(masks, np.float64).mean(axis=0)
-    shares = np.unique(share[share > 0.0])
-    candidates = [(share >= least).astype(np.float32) for least in shares]
-    times = [_static_ms(table, spec, candidate) for candidate in candidates]
+    running = np.asarray(policy.resolve_empty_cells(masks, spec.forced_cells)[0])
+    share = running.mean(axis=0, dtype=np.float64)
+    candidates = [share >= least for least in np.unique(share[share > 0.0])]
+    candidates = [candidate.astype(np.float32) for candidate in candidates]
+    times = [latency.static_ms(table, candidate, spec.forced_cells) for candidate in candidates]
     within = [place for place, ms in enumerate(times) if ms <= budget_ms]
     best = max(within, key=times.__getitem__) if within else int(np.argmin(times))
     return candidates[best]
 
 
-def _static_ms(table: LatencyTable, spec: SupernetSpec, architecture: np.ndarray) -> float:
-    settled = policy.Settled.architecture(architecture)
-    return float(latency.image_ms(table, architecture, spec.forced_cells, settled))
-
-
 def _accuracy(predictor: batching.BatchPredictor, images: data.Images, masks: np.ndarray) -> float:
-    """Share of images that are answered right under masks [N, L, O]."""
+    """Share of right answers about the first N images under masks [N, L, O]."""
     correct = []
     for first, batch in enumerate(data.eval_batches(images, batch_size=_BATCH_SIZE)):
-        places = slice(first * _BATCH_SIZE, min((first + 1) * _BATCH_SIZE, len(images)))
-        count = places.stop - places.start
-        class_logits = predictor.answer(batch["image"][:count], masks[places])
-        correct.append(class_logits.argmax(axis=-1) == batch["label"][:count])
+        some = masks[first * _BATCH_SIZE : (first + 1) * _BATCH_SIZE]
+        if not len(some):
+            break
+        class_logits = predictor.answer(batch["image"][: len(some)], some)
+        correct.append(class_logits.argmax(axis=-1) == batch["label"][: len(some)])
     return float(np.concatenate(correct).mean())

@@ -80,7 +80,6 @@ def search_stage(
     return search.search(
         setting,
         cells_ms=table.settled_ms,
-        several_ms=table.several_ms,
         reward=search.RewardSettings(
             lower_ms=bounds.min_ms,
             upper_start_ms=section.upper_bound_start * bounds.max_ms,

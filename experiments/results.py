@@ -1,4 +1,5 @@
-"""results.json and the table on the terminal. The only reader of the test split."""
+"""results.json and the table on the terminal. With `policy_study`, which it calls, and
+`static_search`, the only reader of the test split; nothing is chosen by it."""
 
 import math
 from typing import Any
@@ -36,7 +37,8 @@ def collect(
     variants: dict[str, TrainState],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """Evaluates every network once on the test split, and times it image by image.
+    """Evaluates every network on the test split, under its own policy once and under those of
+    `policy_study`, and times it image by image.
 
     Args:
       statics: by name, a state and the architecture [L, O] it runs.
@@ -67,8 +69,8 @@ def collect(
             "validation_accuracy": evaluate(
                 state, dataset.validation, architecture=architecture
             ).accuracy,
-            **_static_cost(setting.spec, architecture, table),
-            **_timing(measured[name]),
+            **static_cost(setting.spec, architecture, table),
+            **timing_fields(measured[name]),
         }
         for name, (state, architecture) in statics.items()
     ]
@@ -91,7 +93,7 @@ def collect(
                     settled=settled,
                 ),
                 "latency_vs_difficulty": _rank_correlation(table_ms, difficulty),
-                **_timing(measured[name]),
+                **timing_fields(measured[name]),
                 **_study(setting, dataset, table, evaluate, state),
             }
         )
@@ -156,9 +158,10 @@ def _study(
     return parallel.from_first(study)
 
 
-def _static_cost(
+def static_cost(
     spec: search_space.SupernetSpec, architecture: np.ndarray, table: latency.LatencyTable
 ) -> dict[str, float]:
+    """Of a static network's row."""
     settled = policy.Settled.architecture(architecture)
     running = settled.may_run(spec.forced_cells)
     flops, params = cost.path_costs(spec)
@@ -170,7 +173,8 @@ def _static_cost(
     }
 
 
-def _timing(milliseconds: np.ndarray) -> dict[str, float]:
+def timing_fields(milliseconds: np.ndarray) -> dict[str, float]:
+    """Of a network's row."""
     return {
         "measured_ms": float(np.median(milliseconds)),
         "measured_ms_mean": float(milliseconds.mean()),

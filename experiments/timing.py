@@ -1,6 +1,6 @@
 """What is timed: the latency table and trained networks, as an inference process would run them.
 
-Both functions start that process on CPUs; see `environment.configure_cpu`.
+The functions start that process on CPUs; see `environment.configure_cpu`.
 """
 
 import functools
@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from instanas_jax import environment, inference, profiling
+from experiments.config import RunConfig
+from experiments.workdir import RunFiles
+from instanas_jax import environment, inference, latency, profiling
 from instanas_jax.latency import LatencyTable
 from instanas_jax.search_space import SupernetSpec
 from instanas_jax.stage import Setting
@@ -20,6 +22,33 @@ from instanas_jax.train_state import TrainState
 def measure_table(spec: SupernetSpec, *, rounds: int, threads: int) -> LatencyTable:
     """A latency table of this device, with a progress bar."""
     return environment.in_inference_process(profile, spec, rounds, threads=threads)
+
+
+def table_of_run(
+    section: RunConfig,
+    spec: SupernetSpec,
+    files: RunFiles,
+    *,
+    path: str | None = None,
+    allow_foreign: bool = False,
+) -> LatencyTable:
+    """The table that a run searches with: the one in its folder, else put there now.
+
+    Args:
+      path: of a table; None to measure one.
+      allow_foreign: accept another device's.
+    """
+    if not files.latency_table.exists():
+        threads = section.inference_threads
+        if path:
+            device = environment.describe_device(inference_threads=threads)
+            table = latency.load(path, spec, device=device, allow_foreign=allow_foreign)
+        else:
+            table = measure_table(spec, rounds=section.profile_rounds, threads=threads)
+        latency.save(table, files.latency_table)
+    # Times as they are rounded in the file. A run that resumes on another machine keeps its table,
+    # and so its reward.
+    return latency.load(files.latency_table, spec)
 
 
 def profile(spec: SupernetSpec, rounds: int) -> LatencyTable:

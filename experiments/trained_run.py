@@ -89,17 +89,28 @@ def restore_networks(run: TrainedRun, variant: str) -> dict[str, Any]:
     return {"supernet": state.supernet, "controller": state.controller}
 
 
+def results_row(run: TrainedRun, variant: str) -> dict[str, Any]:
+    """What results.json says of a variant; InputError if that is nothing."""
+    try:
+        rows = json.loads(run.files.results.read_text())["variants"]
+        return dict(next(row for row in rows if row["name"] == variant))
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise InputError(
+            f"{run.files.results} says nothing of variant {variant} ({error!r}): repeat the "
+            "command of the run"
+        ) from error
+
+
 def budget_curve(run: TrainedRun, variant: str) -> budget.Curve:
     """What a variant takes by the threshold of its controller, as the run has calibrated it.
 
     Raises:
       InputError: the run has no results yet, or its results hold no such curve.
     """
+    row = results_row(run, variant)
     try:
-        rows = json.loads(run.files.results.read_text())["variants"]
-        row = next(row for row in rows if row["name"] == variant)
         return budget.Curve.from_json(row["budget"]["curve"])
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{run.files.results} holds no budgets of variant {variant} ({error!r}): delete it and "
             "repeat the command of the run, or leave --latency_budget_ms out"
@@ -157,11 +168,15 @@ def _checkpoints(run: TrainedRun, variant: str) -> checkpoint.StageCheckpoints:
     return checkpoint.StageCheckpoints(run.files.checkpoints(f"finetune_{variant}"))
 
 
+def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of variants, the one of the highest validation accuracy, the faster of equals."""
+    return min(rows, key=lambda row: (-row["validation_accuracy"], row["measured_ms"]))
+
+
 def _best_variant(run: TrainedRun) -> str:
     try:
         rows = json.loads(run.files.results.read_text())["variants"]
-        best = min(rows, key=lambda row: (-row["validation_accuracy"], row["measured_ms"]))
-        return str(best["name"])
+        return str(best_row(rows)["name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{run.files.results} cannot be read ({error}): choose a --variant yourself"

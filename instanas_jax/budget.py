@@ -18,6 +18,7 @@ from instanas_jax.search_space import SupernetSpec
 # Quantiles of the undecided logits at which the curve is known: of 128, neighbours are less than
 # one image in a hundred of one path apart.
 _POINTS = 129
+_ROUNDING_MS = 5e-4  # The ends of a curve are told to three digits.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Curve:
         """The smallest and the largest mean time that a threshold reaches."""
         return float(self.table_ms.min()), float(self.table_ms.max())
 
+    @property
+    def as_trained_ms(self) -> float:
+        """What calibration images take at the threshold 0."""
+        return float(np.interp(0.0, self.thresholds, self.table_ms))
+
     def to_json(self) -> dict[str, list[float]]:
         return {name: values.tolist() for name, values in vars(self).items()}
 
@@ -46,8 +52,10 @@ class Curve:
         curve = cls(*(np.asarray(values[name], float) for name in ("thresholds", "table_ms")))
         lengths = {array.shape for array in vars(curve).values()}
         numbers = np.concatenate([curve.thresholds, curve.table_ms])
-        if lengths != {(len(curve.thresholds),)} or not np.isfinite(numbers).all():
-            raise ValueError(f"a budget curve has arrays of shapes {lengths}, all finite")
+        if lengths != {(len(curve.thresholds),)} or not numbers.size:
+            raise ValueError(f"a budget curve has two lists of one length, not {lengths}")
+        if not np.isfinite(numbers).all():
+            raise ValueError("a budget curve holds a number that is not finite")
         return curve
 
 
@@ -68,8 +76,9 @@ def calibrate(
     thresholds = np.zeros(1)
     if values.size:
         inner = np.quantile(values, np.linspace(0.0, 1.0, _POINTS))
-        # Beyond the last logit every undecided path is off.
-        thresholds = np.unique([*inner, 0.0, np.nextafter(inner[-1], np.inf)])
+        # Beyond the last logit every undecided path is off, in float32 as well.
+        beyond = inner[-1] + 1e-3 * max(1.0, abs(inner[-1]))
+        thresholds = np.unique([*inner, 0.0, beyond])
 
     def mean_ms(threshold: float) -> float:
         masks = masks_at(threshold, policy_logits, settled)
@@ -94,11 +103,17 @@ def threshold(curve: Curve, budget_ms: float) -> float:
       InputError: no threshold makes the policy so slow or so fast.
     """
     lowest, highest = curve.range_ms
-    if not lowest <= budget_ms <= highest:
+    if not lowest - _ROUNDING_MS <= budget_ms <= highest + _ROUNDING_MS:
+        if len(curve.thresholds) == 1:
+            raise InputError(
+                f"a budget of {budget_ms:g} ms is out of this variant's reach: everything is "
+                f"settled, and it takes {lowest:.3f} ms by its table; choose another variant"
+            )
         raise InputError(
             f"a budget of {budget_ms:g} ms is out of this variant's reach: by its table it takes "
             f"{lowest:.3f} to {highest:.3f} ms, choose a budget within"
         )
+    budget_ms = min(max(budget_ms, lowest), highest)
     times, places = curve.table_ms, curve.thresholds
     exact = places[times == budget_ms]
     beyond = (times[:-1] - budget_ms) * (times[1:] - budget_ms) < 0.0

@@ -24,10 +24,13 @@ _CPU_INFO = pathlib.Path("/proc/cpuinfo")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 # Options of glibc's mallopt, from <malloc.h>.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-# Of processes that train: with one arena a narrow network's step took half as long again, its
-# threads waiting for each other's allocations; glibc's eight a processor hold twice the memory at
-# width 1 and take two seconds of every step from the system.
-_ARENAS_A_PROCESSOR = 2
+# Arenas a processor, 8 by default. They hold twice the memory of 2 in training at width 1 and take
+# two seconds of every step from the system; with one for all, a narrow network's step took half as
+# long again, its threads waiting for each other's allocations.
+_ARENAS_TO_TRAIN = 2
+# Where single images are answered, what compiling leaves in a shared arena is searched by every
+# call, up to 100 us of it.
+_ARENAS_TO_INFER = 8
 # Threads of XLA's own pool; read when the backend starts.
 _POOL_VARIABLE = "NPROC"
 # The C library where it is glibc, whose options and functions of its own are used here.
@@ -66,7 +69,8 @@ def configure_cpu(*, inference_threads: int | None = None) -> None:
     if _has_accelerator_plugin():
         return
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    _keep_freed_memory(share_arenas=inference_threads is None)
+    arenas = _ARENAS_TO_TRAIN if inference_threads is None else _ARENAS_TO_INFER
+    _keep_freed_memory(arenas=arenas * usable_processors())
     flags = os.environ.get("XLA_FLAGS", "")
     wanted = dict(_XLA_FLAGS)
     if inference_threads is not None:
@@ -124,15 +128,11 @@ def in_inference_process(function: Callable[..., Result], *arguments: Any, threa
         return process.submit(function, *arguments).result()
 
 
-def _keep_freed_memory(*, share_arenas: bool) -> None:
-    if _libc is None:
-        return
-    _libc.mallopt(_MMAP_MAX, 0)
-    _libc.mallopt(_TRIM_THRESHOLD, -1)  # Never trims.
-    # Never where single images are answered: what compiling leaves in a shared arena is searched by
-    # every call, up to 100 us of it.
-    if share_arenas:
-        _libc.mallopt(_ARENA_MAX, _ARENAS_A_PROCESSOR * usable_processors())
+def _keep_freed_memory(*, arenas: int) -> None:
+    if _libc is not None:
+        _libc.mallopt(_MMAP_MAX, 0)
+        _libc.mallopt(_TRIM_THRESHOLD, -1)  # Never trims.
+        _libc.mallopt(_ARENA_MAX, arenas)
 
 
 def release_memory() -> None:

@@ -113,7 +113,7 @@ def measure_beside(
     masks = whole_networks.random_masks(spec, _NETWORKS, densities=_DENSITIES, seed=seed)
     # One program for all masks: where its weights happen to lie in memory is worth 3 %.
     network = whole_networks.skipping_network(spec, lowering, jax.random.key(seed))
-    static = whole_networks.static_network(spec, lowering, jax.random.key(seed))
+    static, nothing = whole_networks.static_network(spec, lowering, jax.random.key(seed))
     whole: list[Callable[[], Any]] = [
         *(functools.partial(network, jnp.asarray(mask)) for mask in (*masks, *others)),
         *calls,
@@ -125,12 +125,13 @@ def measure_beside(
     seconds: dict[Any, list[float]] = {key: [] for key in distinct}
     overhead: dict[Any, list[float]] = {key: [] for key in distinct}
     whole_seconds = np.zeros((rounds, len(whole)))
-    static_seconds = np.zeros(rounds)
+    static_seconds, nothing_seconds = np.zeros((2, rounds))
     for done in range(rounds):
         for key, program in distinct.items():
             seconds[key].append(program.seconds())
             overhead[key].append(empty_calls[key].seconds())
         static_seconds[done] = _seconds(static, untimed=_STATIC_IN_A_ROW)
+        nothing_seconds[done] = _seconds(nothing)
         for index, call in enumerate(whole):
             whole_seconds[done, index] = _seconds(call)
         on_round()
@@ -148,18 +149,23 @@ def measure_beside(
     alone_ms = np.array([[undisturbed_ms(key) for key in row] for row in keys])
     whole_ms = _undisturbed(whole_seconds) * 1e3
     random_ms, others_ms = np.split(whole_ms, (len(masks),))
-    in_network_ms = whole_networks.fit_switching(
-        spec,
-        masks,
-        measured_ms=random_ms,
-        kernels_ms=(whole_networks.running_paths(spec, masks) * alone_ms).sum(axis=(1, 2))
-        + sum(fixed_ms.values()),
-    ) | whole_networks.fit_static(
-        spec,
-        alone_ms,
-        measured_ms=float(_undisturbed(static_seconds)) * 1e3,
-        ends_ms=fixed_ms["stem"] + fixed_ms["head"],
-    )
+    call_ms = float(_undisturbed(nothing_seconds)) * 1e3
+    kernels_ms = (whole_networks.running_paths(spec, masks) * alone_ms).sum(axis=(1, 2))
+    in_network_ms = {
+        "call": call_ms,
+        **whole_networks.fit_switching(
+            spec,
+            masks,
+            measured_ms=random_ms,
+            kernels_ms=kernels_ms + sum(fixed_ms.values()) + call_ms,
+        ),
+        **whole_networks.fit_static(
+            spec,
+            alone_ms,
+            measured_ms=float(_undisturbed(static_seconds)) * 1e3,
+            fixed_ms=fixed_ms["stem"] + fixed_ms["head"] + call_ms,
+        ),
+    }
     megabytes = whole_networks.weight_megabytes(spec)
     table = LatencyTable(
         backend=jax.default_backend(),

@@ -62,7 +62,6 @@ def search(
     setting: Setting,
     *,
     cells_ms: np.ndarray,
-    several_ms: float = 0.0,
     reward: RewardSettings,
     controller_rate: optax.Schedule,
     supernet_sgd: optimizers.SgdSettings,
@@ -73,7 +72,6 @@ def search(
 
     Args:
       cells_ms: [L, O].
-      several_ms: see `latency.lookup`.
       controller_rate: Adam's learning rate after so many updates of either phase.
       total_steps: of both phases together.
       alternation_steps: updates before the phase changes: an epoch's, or 1.
@@ -89,7 +87,7 @@ def search(
         upper_ms = rewards.falling_upper_bound(
             step / total_steps, start_ms=reward.upper_start_ms, end_ms=reward.upper_end_ms
         )
-        latency_ms = latency.lookup(cells_ms, mask, spec.forced_cells, several_ms=several_ms)
+        latency_ms = latency.lookup(cells_ms, mask, spec.forced_cells)
         latency_rewards = rewards.latency_reward(
             latency_ms,
             lower_ms=reward.lower_ms,

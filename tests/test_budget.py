@@ -35,8 +35,7 @@ def test_a_curve_by_hand():
     curve = calibrate(logits_of_one_path([-1.0, 1.0, 2.0, 3.0]), one_undecided())
     lowest, highest = curve.range_ms
     np.testing.assert_allclose([lowest, highest], [FIXED_MS, FIXED_MS + 11.0], rtol=1e-6)
-    at_zero = curve.table_ms[np.flatnonzero(curve.thresholds == 0.0)[0]]
-    np.testing.assert_allclose(at_zero, FIXED_MS + 11.0 * 3 / 4, rtol=1e-6)
+    np.testing.assert_allclose(curve.as_trained_ms, FIXED_MS + 11.0 * 3 / 4, rtol=1e-6)
     assert (np.diff(curve.thresholds) > 0).all() and (np.diff(curve.table_ms) <= 0).all()
 
 
@@ -66,6 +65,7 @@ def test_of_several_thresholds_the_one_nearest_to_zero():
 
 def test_a_budget_out_of_reach_names_what_is_within():
     curve = budget.Curve(np.array([-1.0, 0.0, 1.0]), np.array([3.0, 2.5, 2.0]))
+    assert budget.threshold(curve, 3.0004) == -1.0 and budget.threshold(curve, 1.9996) == 1.0
     for budget_ms in (1.99, 3.01, np.nan, -1.0, np.inf):
         with pytest.raises(InputError, match=r"2\.000 to 3\.000 ms"):
             budget.threshold(curve, budget_ms)
@@ -75,7 +75,23 @@ def test_where_nothing_is_left_to_decide_one_budget_remains():
     settled = policy.Settled.architecture(np.ones(SPEC.mask_shape))
     curve = calibrate(np.zeros((3, *SPEC.mask_shape)), settled)
     assert curve.thresholds.tolist() == [0.0]
-    assert budget.threshold(curve, curve.range_ms[0]) == 0.0
+    lowest, highest = curve.range_ms
+    assert lowest == highest and budget.threshold(curve, round(lowest, 3)) == 0.0
+    with pytest.raises(InputError, match="everything is settled"):
+        budget.threshold(curve, lowest + 1.0)
+
+
+def test_at_the_fast_end_everything_undecided_is_off_where_logits_are_tied():
+    logits = logits_of_one_path([0.1, 0.1, 0.1])
+    curve = calibrate(logits, one_undecided())
+    threshold = budget.threshold(curve, curve.range_ms[0])
+    assert not budget.masks_at(threshold, logits, one_undecided()).any()
+    variables = controller.settle(controller.init(jax.random.key(0), SPEC), one_undecided())
+    linear = variables["params"]["logits"]
+    linear["kernel"][0, 10] = 1e-30  # Of the undecided path, as good as constant.
+    linear["bias"][10] = np.float32(0.1)
+    moved = controller.decide_at(variables, threshold)
+    assert moved["params"]["logits"]["bias"][10] < 0.0
 
 
 def test_the_controller_that_decides_at_a_threshold_gives_these_masks():
@@ -114,6 +130,7 @@ def test_a_curve_travels_as_json():
         {"thresholds": [0.0, 1.0], "table_ms": [1.0, float("nan")]},
         {"thresholds": "abc", "table_ms": [1.0]},
         {"thresholds": 0.0, "table_ms": 1.0},
+        {"thresholds": [], "table_ms": []},
     ],
 )
 def test_something_else_is_no_curve(values):

@@ -1,9 +1,11 @@
 """The programs that users run: every shipped flagfile, resuming, and mistakes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ from experiments import (
     recipe,
     run,
     stage_runner,
+    static_search,
     trained_run,
 )
 from experiments import flags as flags_lib
@@ -117,6 +120,39 @@ def test_every_shipped_flagfile_runs_to_its_results(flagfile, tmp_path, fake_dat
     assert trained_run.open_run(str(tmp_path / "run")) is not None
     assert "is complete" in capsys.readouterr().out
     assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+def test_a_static_search_answers_beside_the_variant(tmp_path, fake_data, capsys, monkeypatch):
+    path = tmp_path / "run"
+    parse(*TINY, f"--workdir={path}")
+    run._run("synthetic")
+    written = json.loads((path / "results.json").read_text())
+    row, before = written["variants"][0], (path / "metrics.jsonl").read_text()
+    wanted = {"workdir": str(path), "method": "evolution", "evaluations": 25, "images": 8}
+    monkeypatch.setattr(
+        static_search.flags, "FLAGS", SimpleNamespace(**wanted, variant="A", data_dir="")
+    )
+    static_search._run()
+    found = json.loads((path / "static_search_evolution.json").read_text())
+    baseline, static, variant = found["rows"]
+    assert len(found["fitness"]) == 25
+    curve = row["budget"]["curve"]
+    budget_ms = curve["table_ms"][curve["thresholds"].index(0.0)]
+    assert found["budget_ms"] == budget_ms and static["table_ms"] <= budget_ms + 1e-6
+    assert variant["test_accuracy"] == row["test_accuracy"]
+    assert baseline["test_accuracy"] == written["static"][0]["test_accuracy"]
+    assert static["measured_ms"] > 0.0 and 0.0 <= static["test_accuracy"] <= 1.0
+    assert found["architecture"] in capsys.readouterr().out
+    # Again: the same architecture, trained already.
+    trained = (path / "static_search_evolution.metrics.jsonl").read_text()
+    static_search._run()
+    again = json.loads((path / "static_search_evolution.json").read_text())
+    assert again["rows"][1]["test_accuracy"] == static["test_accuracy"]
+    assert trained and (path / "static_search_evolution.metrics.jsonl").read_text() == trained
+    assert (path / "metrics.jsonl").read_text() == before
+    shutil.rmtree(path / "checkpoints/pretrain")
+    with pytest.raises(InputError, match="lacks the pretrained supernet"):
+        static_search._run()
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -296,7 +296,7 @@ def test_what_a_static_network_costs_beyond_its_kernels():
     megabytes = cost.path_costs(SPEC)[1][:, 0].sum() * 4 / 1e6
     for beyond, expected in ((0.2, 0.2 / megabytes), (-0.2, 0.0)):
         found = whole_networks.fit_static(
-            SPEC, alone_ms, measured_ms=kernels_ms + beyond, ends_ms=0.3
+            SPEC, alone_ms, measured_ms=kernels_ms + beyond, fixed_ms=0.3
         )
         assert found == {"settled_megabyte": pytest.approx(expected)}
 

@@ -48,13 +48,25 @@ def test_baselines_are_op_0_all_and_the_fastest():
     assert bounds.min_ms == 1 + 6 + 16  # The fastest op of the cells that can't be empty.
 
 
+def test_bounds_are_of_static_networks():
+    in_network_ms = dict.fromkeys(latency.IN_NETWORK, 9.0)
+    table = make_table(in_network_ms=in_network_ms, cells_ms=np.full((4, 5), 99.0))
+    assert latency.baselines(table, SPEC) == latency.baselines(make_table(), SPEC)
+
+
+def test_every_image_pays_a_call():
+    table = make_table(in_network_ms=dict.fromkeys(latency.IN_NETWORK, 0.0) | {"call": 0.5})
+    assert table.fixed_total_ms(controller=False) == 0.75 + 0.5
+
+
 def test_fixed_parts_leave_the_controller_out_for_static_architectures():
     assert make_table().fixed_total_ms(controller=True) == 0.875
     assert make_table().fixed_total_ms(controller=False) == 0.75
 
 
 def test_deciding_costs_where_something_is_left_to_decide():
-    in_network_ms = dict.fromkeys(latency.IN_NETWORK, 9.0) | {"switch": 0.01, "several": 0.1}
+    in_network_ms = dict.fromkeys(latency.IN_NETWORK, 9.0)
+    in_network_ms |= {"call": 0.0, "switch": 0.01, "several": 0.1}
     table = make_table(in_network_ms=in_network_ms)
     # A path that runs without a switch takes half as long.
     table = dataclasses.replace(table, settled_ms=table.cells_ms / 2)
@@ -72,6 +84,7 @@ def test_deciding_costs_where_something_is_left_to_decide():
     assert predicted(cell_0_settled) == pytest.approx(rows - 1.5 + 2 * 0.1 + 3 * 0.01 + 0.875)
     # One architecture is left: neither switches nor the controller run.
     assert predicted(policy.Settled.architecture(mask)) == pytest.approx(rows / 2 + 0.75)
+    assert latency.static_ms(table, mask, SPEC.forced_cells) == pytest.approx(rows / 2 + 0.75)
 
 
 def test_a_saved_table_loads_equal(tmp_path):

@@ -1,0 +1,185 @@
+"""The best architecture for all images at a variant's latency, from the supernet of a finished run.
+
+python -m experiments.static_search --workdir=W --method=evolution --evaluations=100
+
+Fitness is accuracy on validation images with the pretrained supernet's weights; the budget is what
+the variant takes in the mean on validation images, by the table. What is found is trained as the
+run's own static baseline, with as many images as a variant, answers the test split once, and is
+timed in turn with the variant and the baseline. Writes static_search_METHOD.json and the metrics of
+the training into the run's folder; the same command again resumes the training.
+"""
+
+import dataclasses
+import itertools
+import zlib
+from typing import Any
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from experiments import flags as flags_lib
+from experiments import results, timing, trained_run
+from experiments.pipeline import Pipeline
+from experiments.workdir import Workdir, write_json
+from instanas_jax import data, metrics, policy, search_space, static_nas
+from instanas_jax.train_state import TrainState
+
+_METHODS = {"random": static_nas.random_search, "evolution": static_nas.evolution}
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "Folder of a finished run. Required.")
+    flags.DEFINE_enum("method", "evolution", sorted(_METHODS), "How architectures are proposed.")
+    flags.DEFINE_integer("evaluations", 100, "Architectures to evaluate.", lower_bound=1)
+    flags.DEFINE_integer(
+        "images", 1000, "Validation images of an evaluation, at most.", lower_bound=1
+    )
+    flags.DEFINE_string(
+        "variant", "", "Whose table latency is the budget; empty: the most accurate."
+    )
+    flags.DEFINE_string("data_dir", "", "Folder of TFDS's data sets.")
+
+
+def search(
+    pipeline: Pipeline,
+    pretrained: TrainState,
+    *,
+    method: str,
+    evaluations: int,
+    images: int,
+    budget_ms: float,
+) -> list[static_nas.Evaluated]:
+    """All architectures that were evaluated, in order."""
+    validation = pipeline.dataset.validation
+    some = validation.take(np.arange(min(images, len(validation))))
+
+    def fitness(architecture: np.ndarray) -> float:
+        mask = architecture.astype(np.float32)
+        return pipeline.evaluate(pretrained, some, architecture=mask).accuracy
+
+    space = static_nas.Space(pipeline.spec, pipeline.table, budget_ms)
+    proposed = _METHODS[method](space, fitness, seed=pipeline.config.run.seed)
+    with tqdm(total=evaluations, desc=method, unit="architecture", dynamic_ncols=True) as bar:
+        evaluated = []
+        for member in itertools.islice(proposed, evaluations):
+            evaluated.append(member)
+            bar.set_postfix_str(f"best={max(one.fitness for one in evaluated):.4f}", refresh=False)
+            bar.update()
+    return evaluated
+
+
+def report(
+    pipeline: Pipeline,
+    *,
+    statics: dict[str, tuple[TrainState, np.ndarray]],
+    variant: str,
+    networks: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """A row each for static networks and the variant, timed in turn: accuracies and milliseconds,
+    and what results.json says else of static networks.
+
+    Args:
+      statics: by name, a state on the host and its architecture [L, O].
+      networks: the variant's "supernet" and "controller".
+    """
+    dataset, setting = pipeline.dataset, pipeline.setting
+    answering = dataclasses.replace(next(iter(statics.values()))[0], **networks)
+    timed = min(pipeline.config.run.timed_images, len(dataset.test))
+    measured = timing.time_networks(
+        setting,
+        statics=statics,
+        variants={variant: answering},
+        images=dataset.test.take(np.arange(timed)).images,
+        threads=pipeline.config.run.inference_threads,
+    )
+
+    def row(name: str, state: TrainState, architecture: np.ndarray | None) -> dict[str, Any]:
+        accuracies = {
+            f"{split}_accuracy": pipeline.evaluate(
+                state, getattr(dataset, split), architecture=architecture
+            ).accuracy
+            for split in ("test", "validation")
+        }
+        return {"name": name, **accuracies, **results.timing_fields(measured[name])}
+
+    return [
+        {
+            **row(name, state, architecture),
+            **results.static_cost(setting.spec, architecture, pipeline.table),
+        }
+        for name, (state, architecture) in statics.items()
+    ] + [row(variant, answering, None)]
+
+
+def _run() -> None:
+    values = flags.FLAGS
+    run = trained_run.open_run(values.workdir or "")
+    variant = trained_run.choose_variant(run, values.variant)
+    budget_ms = trained_run.budget_curve(run, variant).as_trained_ms
+    networks = trained_run.restore_networks(run, variant)
+    config = run.config
+    dataset = data.load(
+        run.dataset.name,
+        data_dir=values.data_dir or None,
+        validation_size=config.data.validation_size,
+        train_limit=config.data.train_limit or None,
+        test_limit=config.data.test_limit or None,
+        image_size=config.model.image_size,
+    )
+    # Metrics of its own: those of the run are complete.
+    path = run.files.path / f"static_search_{values.method}.json"
+    writer = metrics.JsonlWriter(path.with_suffix(".metrics.jsonl"))
+    workdir = Workdir(values.workdir, config=config.to_json(), flags_text="")
+    pipeline = Pipeline(config, dataset=dataset, workdir=workdir, writer=writer)
+    try:
+        pretrained = pipeline.pretrained()
+        evaluated = search(
+            pipeline,
+            pretrained,
+            method=values.method,
+            evaluations=values.evaluations,
+            images=values.images,
+            budget_ms=budget_ms,
+        )
+        best = max(evaluated, key=lambda member: member.fitness)
+        architecture = best.architecture.astype(np.float32)
+        text = policy.describe(architecture, pipeline.spec.forced_cells)
+        print(f"{text}\n{best.fitness:.4f} with the supernet's weights", flush=True)
+        # Another architecture is another training.
+        digest = zlib.crc32(np.packbits(best.architecture).tobytes())
+        found = pipeline.train_static(f"static_{digest:08x}", architecture, pretrained)
+        mobilenetv2 = search_space.uniform_architecture(pipeline.spec, search_space.MOBILENETV2_OP)
+        baseline = pipeline.train_static("mobilenetv2", mobilenetv2, pretrained)
+    finally:
+        writer.close()
+    rows = report(
+        pipeline,
+        statics={"mobilenetv2": (baseline, mobilenetv2), "found": (found, architecture)},
+        variant=variant,
+        networks=networks,
+    )
+    write_json(
+        path,
+        {
+            "method": values.method,
+            "evaluations": len(evaluated),
+            "budget_ms": budget_ms,
+            "architecture": text,
+            "fitness": [member.fitness for member in evaluated],
+            "rows": rows,
+        },
+    )
+    for row in rows:
+        accuracy, milliseconds = row["test_accuracy"], row["measured_ms"]
+        print(f"{row['name']}: {100 * accuracy:.2f} % in {milliseconds:.3f} ms")
+    print(f"written to {path}")
+
+
+def main() -> None:
+    _define_flags()
+    flags_lib.start(_run)
+
+
+if __name__ == "__main__":
+    main()
