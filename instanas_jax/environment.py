@@ -62,7 +62,7 @@ def configure_cpu(*, inference_threads: int | None = None) -> None:
       inference_threads: given where the process answers or times single images: threads of XLA's
         pool. One is best for narrow networks, whose kernels are done before another thread wakes
         (MobileNetV2 at width 0.75, stem stride 2, on two cores: 0.35 ms, on two threads 0.39 to
-        0.61); at width 1 two save a quarter. Matrix products are then Eigen's: YNNPACK, XLA's
+        0.61); at width 1 two gain little. Matrix products are then Eigen's: YNNPACK, XLA's
         default and a fifth faster in training, takes some microseconds a call to begin, a fifth of
         MobileNetV2's time at width 1.
     """
