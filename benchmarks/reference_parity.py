@@ -157,12 +157,12 @@ def check_reward(reference: Reference) -> Iterator[Case]:
     latency_rewards = rewards.latency_reward(
         jnp.asarray(reference.array("reward_latency")), lower_ms=lower_ms, upper_ms=upper_ms
     )
-    reward = rewards.gated_reward(
-        latency_rewards,
+    task_rewards = rewards.right_reward(
         jnp.asarray(reference.array("reward_correct")),
         positive_weight=positive_weight,
         negative_weight=negative_weight,
     )
+    reward = rewards.gated_reward(task_rewards, latency_rewards)
     yield Case("reward", relative_error(reward, reference.array("reward")))
 
 

@@ -1,38 +1,25 @@
-"""Everything a run can be told, as frozen dataclasses; each field is a command-line flag.
-
-A field's metadata carries the flag's help and its allowed range, so that a setting is declared,
-documented and checked in one place.
-"""
+"""Everything a run can be told, as frozen dataclasses; each field is a command-line flag."""
 
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from experiments import settings
+from experiments.settings import setting
 from instanas_jax.augment import Augmentation
 from instanas_jax.errors import InputError
 from instanas_jax.optimizers import SCHEDULE_KINDS
 from instanas_jax.policy_gradient import ADVANTAGE_KINDS
+from instanas_jax.rewards import TASK_REWARD_KINDS
 from instanas_jax.search_space import (
     CANDIDATE_OPS,
+    CONTROLLERS,
     JOINS,
     PRESETS,
     SupernetSpec,
     op_index,
     preset,
 )
-
-
-def setting(
-    default: Any,
-    help_text: str,
-    *,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    choices: tuple[str, ...] | None = None,
-) -> Any:
-    """A dataclass field that is also a flag."""
-    metadata = {"help": help_text, "minimum": minimum, "maximum": maximum, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +74,14 @@ class ModelConfig:
         "Channels of the layer before the classifier; 0: the preset's, widened by --width above 1.",
         minimum=0,
     )
+    controller: str = setting(
+        "",
+        "Controller: the published residual networks, or one layer over patches, which is far "
+        "faster; empty: the preset's.",
+        choices=("", *CONTROLLERS),
+    )
     controller_channels: int = setting(
-        0, "Channels of the controller's first segment; 0: the preset's.", minimum=0
+        0, "Channels of the controller's first layer; 0: the preset's.", minimum=0
     )
     controller_pool: int = setting(
         0, "The controller sees images shrunk by 1, 2 or 4; 0: the preset's.", minimum=0, maximum=4
@@ -108,6 +101,7 @@ class ModelConfig:
             width=self.width,
             stem_stride=self.stem_stride or None,
             head_channels=self.head_channels or None,
+            controller=self.controller or None,  # pyright: ignore[reportArgumentType]
             controller_channels=self.controller_channels or None,
             controller_pool=self.controller_pool or None,
             join=self.join,  # pyright: ignore[reportArgumentType]
@@ -153,6 +147,12 @@ class SearchConfig:
         choices=("", *(op.name for op in CANDIDATE_OPS)),
     )
     supernet_learning_rate: float = setting(5e-4, "Rate of plain SGD.", minimum=0.0)
+    task_reward: str = setting(
+        "right",
+        "What gates the latency reward: an answer that is right, or its information: 1 less its "
+        "cross-entropy as a share of a guess's.",
+        choices=TASK_REWARD_KINDS,
+    )
     positive_weight: float = setting(30.0, "Reward weight of a right answer.", minimum=0.0)
     negative_weight: float = setting(0.0, "Reward of a wrong answer, 0 or less.", maximum=0.0)
     latency_exponent: float = setting(1.0, "Exponent of the latency reward.", minimum=0.0)
@@ -163,9 +163,16 @@ class SearchConfig:
     entropy_kind: str = setting(
         "one_sided", "Entropy: the authors' one-sided or binary.", choices=("one_sided", "binary")
     )
+    diversity_weight: float = setting(
+        0.0,
+        "Weight of the mutual information of image and path, which keeps policies looking at the "
+        "image.",
+        minimum=0.0,
+    )
     advantage: str = setting(
         "self_critical",
-        "Sampled less greedy reward, as it is or standardised over the batch.",
+        "Sampled less greedy reward, as it is or standardised over the batch; or less the other "
+        "samples' reward, standardised.",
         choices=ADVANTAGE_KINDS,
     )
     samples: int = setting(1, "Masks drawn an image for one controller update.", minimum=1)
@@ -283,21 +290,15 @@ def sections() -> Iterator[tuple[str, type, str]]:
 
 def validate_section(section: Any, *, prefix: str = "") -> None:
     """InputError for the first setting of a part that is out of range."""
-    for field in dataclasses.fields(section):
-        _check(f"--{prefix}{field.name}", getattr(section, field.name), field.metadata)
+    settings.check(section, prefix=prefix)
+    compares_samples = getattr(section, "advantage", "") == "leave_one_out"
+    if compares_samples and section.samples < 2:
+        raise InputError(
+            "--search_advantage=leave_one_out compares an image's samples: draw "
+            f"--search_samples of 2 or more, not {section.samples}"
+        )
     if isinstance(section, RunConfig):
         if not section.static_ops:
             raise InputError("--static_ops is empty: name at least one op to compare with")
         for name in section.static_ops:
             op_index(name)
-
-
-def _check(flag: str, value: Any, rules: Any) -> None:
-    minimum, maximum, choices = rules["minimum"], rules["maximum"], rules["choices"]
-    if choices is not None and value not in choices:
-        raise InputError(f"{flag}={value}: choose one of {', '.join(choices)}")
-    # Written so that NaN, which compares false with everything, is refused as well.
-    if minimum is not None and not value >= minimum:
-        raise InputError(f"{flag}={value}: must be {minimum:g} or more")
-    if maximum is not None and not value <= maximum:
-        raise InputError(f"{flag}={value}: must be {maximum:g} or less")

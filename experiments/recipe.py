@@ -84,12 +84,14 @@ def search_stage(
             lower_ms=bounds.min_ms,
             upper_start_ms=section.upper_bound_start * bounds.max_ms,
             upper_end_ms=section.upper_bound_end * bounds.mobilenetv2_ms,
+            task=section.task_reward,  # pyright: ignore[reportArgumentType]
             positive_weight=section.positive_weight,
             negative_weight=section.negative_weight,
             latency_exponent=section.latency_exponent,
             bounding=section.bounding,
             entropy_weight=section.entropy_weight,
             entropy_kind=section.entropy_kind,  # pyright: ignore[reportArgumentType]
+            diversity_weight=section.diversity_weight,
             advantage=section.advantage,  # pyright: ignore[reportArgumentType]
             samples=section.samples,
         ),

@@ -12,11 +12,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from instanas_jax.errors import InputError
 from instanas_jax.search_space import CANDIDATE_OPS, FORCED_OP, NUM_OPS, OpSpec
 
 EntropyKind = Literal["one_sided", "binary"]
+
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 def log_probabilities(policy_logits: jax.Array, *, bounding: float) -> tuple[jax.Array, jax.Array]:
@@ -100,6 +103,32 @@ def entropy(
         # exp(x) * x -> 0 as x -> -inf, but 0 * -inf is NaN; logits are finite, so is log_q.
         terms = terms - jnp.exp(log_q) * log_q
     return jnp.sum(terms, axis=(-2, -1))
+
+
+def mutual_information(
+    policy_logits: jax.Array, *, bounding: float, axis_name: str | None = None
+) -> jax.Array:
+    """What the image says about each path, summed over paths; scalar, nats.
+
+    H(mean of p') - mean of H(p'), of the global batch: large where the policy is sure of every
+    image's path and images differ, 0 where all images have the same policy, however unsure. Zero
+    or more.
+
+    Args:
+      policy_logits: [B, L, O].
+      bounding: see `log_probabilities`.
+      axis_name: the device axis that shares the global batch, if any.
+    """
+    chex.assert_rank(policy_logits, 3)
+    pair = log_probabilities(policy_logits, bounding=bounding)
+
+    def mean(values: jax.Array) -> jax.Array:
+        local = jnp.mean(values, axis=0)
+        return lax.pmean(local, axis_name) if axis_name else local
+
+    # One of a pair of means may be 0 in float32, whose logarithm has no gradient.
+    marginal = sum(-p * jnp.log(jnp.maximum(p, _TINY)) for p in map(mean, map(jnp.exp, pair)))
+    return jnp.sum(marginal) - mean(entropy(policy_logits, bounding=bounding))
 
 
 def resolve_empty_cells(

@@ -1,11 +1,17 @@
-"""The accuracy-gated latency reward and the schedule of its upper bound.
+"""The reward: a task reward, which gates the latency reward, and the schedule of its upper bound.
 
 Source: InstaNAS (arXiv 1811.10201), section 3.3, equations 2 and 3.
 """
 
+from typing import Literal
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+TaskRewardKind = Literal["right", "information"]
+TASK_REWARD_KINDS: tuple[TaskRewardKind, ...] = ("right", "information")
 
 
 def latency_reward(
@@ -32,27 +38,45 @@ def latency_reward(
     return jnp.maximum(parabola, 0.0) ** exponent
 
 
-def gated_reward(
-    latency_rewards: jax.Array,
-    correct: jax.Array,
-    *,
-    positive_weight: float,
-    negative_weight: float,
+def right_reward(
+    correct: jax.Array, *, positive_weight: float, negative_weight: float
 ) -> jax.Array:
-    """R: latency counts only once the answer is right, which is what stops the search from
-    collapsing to the shallowest network.
+    """R_T of the authors' program: one weight where the answer is right, another where wrong; [B].
 
     Args:
+      correct: bool [B].
+      positive_weight, negative_weight: the second is zero or less.
+    """
+    return jnp.where(correct, positive_weight, negative_weight)
+
+
+def information_reward(loss: jax.Array, *, num_classes: int) -> jax.Array:
+    """R_T by how much the network knows: max(0, 1 - loss / ln K); [B], in [0, 1].
+
+    0 is what guessing among K classes earns, or worse. Ours: right or wrong says one bit of an
+    image, and next to none of a supernet that is right about one image in ten. Nothing is negative,
+    or policies would leave the bounds of latency, where an unsure answer costs less.
+
+    Args:
+      loss: cross-entropy [B], nats.
+      num_classes: `K`.
+    """
+    return jnp.maximum(0.0, 1.0 - loss / np.log(num_classes))
+
+
+def gated_reward(task_rewards: jax.Array, latency_rewards: jax.Array) -> jax.Array:
+    """R: R_T * R_A where R_T > 0, else R_T. Latency counts only once the task is done, which is
+    what stops the search from collapsing to the shallowest network.
+
+    Args:
+      task_rewards: R_T, [B].
       latency_rewards: R_A, [B].
-      correct: bool [B], whether the prediction is right.
-      positive_weight: multiplies R_A where right.
-      negative_weight: the reward where wrong, zero or less.
 
     Returns:
       [B].
     """
-    chex.assert_equal_shape([latency_rewards, correct])
-    return jnp.where(correct, positive_weight * latency_rewards, negative_weight)
+    chex.assert_equal_shape([task_rewards, latency_rewards])
+    return jnp.where(task_rewards > 0.0, task_rewards * latency_rewards, task_rewards)
 
 
 def falling_upper_bound(

@@ -48,12 +48,14 @@ class RewardSettings:
     lower_ms: float
     upper_start_ms: float
     upper_end_ms: float
-    positive_weight: float = 30.0
+    task: rewards.TaskRewardKind = "right"
+    positive_weight: float = 30.0  # This and the next are of the task reward "right".
     negative_weight: float = 0.0
     latency_exponent: float = 1.0
     bounding: float = 0.8
     entropy_weight: float = 0.8
     entropy_kind: policy.EntropyKind = "one_sided"
+    diversity_weight: float = 0.0  # Of `policy.mutual_information`; ours.
     advantage: policy_gradient.AdvantageKind = "self_critical"
     samples: int = 1  # Masks drawn an image for one update; the paper's is one.
 
@@ -95,13 +97,16 @@ def search(
             exponent=reward.latency_exponent,
         )
         correct = is_correct(class_logits, labels)
-        total = rewards.gated_reward(
-            latency_rewards,
-            correct,
-            positive_weight=reward.positive_weight,
-            negative_weight=reward.negative_weight,
-        )
-        return total, latency_ms, correct
+        if reward.task == "information":
+            loss = optax.softmax_cross_entropy_with_integer_labels(class_logits, labels)
+            task_rewards = rewards.information_reward(loss, num_classes=spec.num_classes)
+        else:
+            task_rewards = rewards.right_reward(
+                correct,
+                positive_weight=reward.positive_weight,
+                negative_weight=reward.negative_weight,
+            )
+        return rewards.gated_reward(task_rewards, latency_rewards), latency_ms, correct
 
     def controller_prepare(state: TrainState, batch: Batch) -> Inputs:
         draws = draw_keys(setting, "search", state.step, batch["label"].shape[0])
@@ -131,11 +136,9 @@ def search(
                 class_logits, jnp.concatenate([labels] * (reward.samples + 1)), masks, state.step
             )
             sampled_reward, greedy_reward = jnp.split(totals, [len(sampled)])
-            advantage = policy_gradient.self_critical_advantage(
-                sampled_reward, jnp.concatenate([greedy_reward] * reward.samples)
-            )
-            if reward.advantage == "standardised":
-                advantage = policy_gradient.standardise(advantage, axis_name=setting.axis_name)
+            advantage = _advantage(
+                sampled_reward.reshape(reward.samples, -1), greedy_reward, reward, setting
+            ).ravel()
             loss = policy_gradient.reinforce_loss(
                 jnp.concatenate([policy_logits] * reward.samples),
                 sampled,
@@ -144,6 +147,10 @@ def search(
                 entropy_weight=reward.entropy_weight,
                 entropy_kind=reward.entropy_kind,
             )
+            diversity = policy.mutual_information(
+                policy_logits, bounding=reward.bounding, axis_name=setting.axis_name
+            )
+            loss -= reward.diversity_weight * diversity
             sampled_latency, greedy_latency = jnp.split(latency_ms, [len(sampled)])
             sampled_correct, greedy_correct = jnp.split(correct, [len(sampled)])
             metrics = {
@@ -157,6 +164,7 @@ def search(
                 "policy_entropy_nats": jnp.mean(
                     policy.entropy(policy_logits, bounding=reward.bounding)
                 ),
+                "policy_information_nats": diversity,
             }
             return loss, (moments, metrics)
 
@@ -190,6 +198,21 @@ def search(
         Phase("supernet", supernet_prepare, supernet_update(setting)),
     )
     return Stage("search", phases, lambda step: (step // alternation_steps) % 2)
+
+
+def _advantage(
+    sampled_reward: jax.Array, greedy_reward: jax.Array, reward: RewardSettings, setting: Setting
+) -> jax.Array:
+    """Of samples [S, B], whose images' greedy masks earn [B]."""
+    if reward.advantage == "leave_one_out":
+        advantage = policy_gradient.leave_one_out_advantage(sampled_reward)
+    else:
+        advantage = policy_gradient.self_critical_advantage(
+            sampled_reward, jnp.broadcast_to(greedy_reward, sampled_reward.shape)
+        )
+        if reward.advantage == "self_critical":
+            return advantage
+    return policy_gradient.standardise(advantage, axis_name=setting.axis_name)
 
 
 def _sample_masks(draws: Draws, policy_logits: jax.Array, reward: RewardSettings) -> jax.Array:

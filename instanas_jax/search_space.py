@@ -14,7 +14,8 @@ from instanas_jax.errors import InputError
 
 Join = Literal["sum", "mean"]
 JOINS: tuple[Join, ...] = ("sum", "mean")
-ControllerKind = Literal["residual_small", "residual_large"]
+ControllerKind = Literal["residual_small", "residual_large", "patches"]
+CONTROLLERS: tuple[ControllerKind, ...] = ("residual_small", "residual_large", "patches")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +196,7 @@ def preset(
     stem_stride: int | None = None,
     join: Join = "sum",
     head_channels: int | None = None,
+    controller: ControllerKind | None = None,
     controller_channels: int | None = None,
     controller_pool: int | None = None,
 ) -> SupernetSpec:
@@ -208,7 +210,8 @@ def preset(
       stem_stride: replaces the preset's stride of the stem; 2 quarters the cost of every cell.
       join: see `SupernetSpec`.
       head_channels: replaces the width of the last layer before the classifier, as it is.
-      controller_channels: replaces the width of the controller's first segment.
+      controller: replaces the kind of controller.
+      controller_channels: replaces the width of the controller's first layer.
       controller_pool: replaces the factor by which the controller's images shrink.
 
     Raises:
@@ -223,6 +226,7 @@ def preset(
     for setting, value, choices in (
         ("join", join, JOINS),
         ("stem_stride", stem_stride, (None, 1, 2)),
+        ("controller", controller, (None, *CONTROLLERS)),
         ("controller_pool", controller_pool, (None, 1, 2, 4)),
     ):
         if value not in choices:
@@ -246,6 +250,7 @@ def preset(
         stem_channels=_round_channels(spec.stem_channels * width),
         stem_stride=stem_stride or spec.stem_stride,
         head_channels=head_channels or _round_channels(spec.head_channels * max(1.0, width)),
+        controller=controller or spec.controller,
         controller_channels=controller_channels or spec.controller_channels,
         controller_pool=controller_pool or spec.controller_pool,
     )

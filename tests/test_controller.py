@@ -1,4 +1,4 @@
-"""The controller: shapes of both kinds, first answers near zero, images that do not meet."""
+"""The controller: shapes of all kinds, first answers near zero, images that do not meet."""
 
 import dataclasses
 import functools
@@ -16,6 +16,7 @@ SPECS = {
     "residual_small": TINY,
     "residual_large": dataclasses.replace(TINY, controller="residual_large"),
     "pooled": dataclasses.replace(TINY, controller_pool=4),
+    "patches": dataclasses.replace(TINY, controller="patches"),
 }
 each_kind = pytest.mark.parametrize("kind", SPECS)
 
@@ -50,7 +51,7 @@ def trained_once(kind: str):
 
 
 @each_kind
-class TestBothKinds:
+class TestEveryKind:
     def test_shapes_and_types(self, kind):
         logits = evaluate(variables(kind), images(), kind=kind)
         train_logits, _ = trained_once(kind)
@@ -81,8 +82,8 @@ class TestBothKinds:
             assert np.all(np.isfinite(new)) and np.any(old != new)
 
     def test_modes_agree_once_running_statistics_are_the_batchs(self, kind):
-        """A step moves r to r + 0.1 (batch - r). The variance so found is unbiased; on the large
-        kind's last maps of 1 x 1 pixel it is 4 / 3 of the biased one that training divides by."""
+        """A step moves r to r + 0.1 (batch - r). The variance so found is unbiased; on the last
+        maps of the large kind and of patches, 1 x 1, it is 4 / 3 of what training divides by."""
         logits, new = trained_once(kind)
 
         def to_batch_statistics(path, old, moved):
@@ -112,9 +113,11 @@ class TestBothKinds:
 
 
 def map_size(kind: str, module: str) -> int:
-    """Output size in pixels of a module. Small: strides 1, 1, 2, 2 from the pooled image. Large:
-    stem strides by 2, then a pool by 2, then strides 1, 2, 2, 2."""
+    """Output size in pixels of a module. Patches: 4 x 4 of them, then one. Small: strides 1, 1, 2,
+    2 from the pooled image. Large: stem strides by 2, then a pool by 2, then strides 1, 2, 2, 2."""
     size = 32 // SPECS[kind].controller_pool
+    if kind == "patches":
+        return {"embedding": 4, "hidden": 1}[module]
     if SPECS[kind].controller == "residual_small":
         divisors = {"stem": 1, "segment_0": 1, "segment_1": 2, "segment_2": 4}
     else:
@@ -158,6 +161,23 @@ def test_a_pooled_controller_sees_means_of_pixels():
     changed[:, 0, 0] += 16.0
     other = evaluate(variables("pooled"), changed, kind="pooled")
     assert float(jnp.abs(other - before).max()) > 1e-3
+
+
+def test_patches_are_tiles_of_the_image():
+    x = jnp.arange(2 * 8 * 8 * 3.0).reshape(2, 8, 8, 3)
+    patches = controller._patches(x)
+    for row, column in ((0, 0), (1, 3), (3, 2)):
+        tile = x[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        np.testing.assert_array_equal(patches[:, row, column], tile.reshape(2, -1))
+
+
+def test_cost_of_patches():
+    spec = search_space.preset("px32", num_classes=100, controller="patches", controller_pool=2)
+    params = controller.init(jax.random.key(0), spec)["params"]
+    cost = controller.cost(spec)
+    assert cost.params == sum(leaf.size for leaf in jax.tree.leaves(params))
+    # 16 patches of 4 x 4 pixels of 3 channels to 16; all 256 to 64; 64 to 85 logits.
+    assert cost.flops == 2 * (16 * 48 * 16 + 256 * 64 + 64 * 85)
 
 
 class TestPublishedSizes:

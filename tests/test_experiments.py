@@ -225,6 +225,8 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
         ("--search_negative_weight=1", "--search_negative_weight=1"),
         ("--pretrain_batch_size=0", "--pretrain_batch_size=0"),
         ("--pretrain_schedule=fast", "--pretrain_schedule=fast"),
+        ("--search_advantage=leave_one_out", "--search_samples of 2 or more, not 1"),
+        ("--controller=large", "--controller=large: choose one of"),
         ("--static_ops=conv9", "unknown op 'conv9'"),
         ("--static_ops=", "--static_ops is empty"),
     ],

@@ -84,6 +84,16 @@ class AdvantageTest(chex.TestCase):
         np.testing.assert_array_equal(advantage, [[20.0, -15.0, 0.0]])
 
 
+class LeaveOneOutTest(chex.TestCase):
+    @chex.all_variants(with_pmap=False)
+    def test_by_hand(self):
+        # Two images, three samples. The first's others average 4.5, 3 and 1.5.
+        advantage = self.variant(policy_gradient.leave_one_out_advantage)(
+            jnp.array([[0.0, 7.0], [3.0, 7.0], [6.0, 7.0]])
+        )
+        np.testing.assert_allclose(advantage, [[-4.5, 0.0], [0.0, 0.0], [4.5, 0.0]], atol=1e-6)
+
+
 class StandardiseTest(chex.TestCase):
     @chex.all_variants(with_pmap=False)
     def test_values_by_hand(self):

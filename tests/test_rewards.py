@@ -43,13 +43,29 @@ class LatencyRewardTest(chex.TestCase):
             np.testing.assert_allclose(reward[0], (1 - offset**2) ** exponent, atol=1e-2)
 
 
+class TaskRewardTest(chex.TestCase):
+    @chex.all_variants
+    def test_a_weight_for_right_and_one_for_wrong(self):
+        reward = self.variant(
+            lambda c: rewards.right_reward(c, positive_weight=30.0, negative_weight=-10.0)
+        )(jnp.array([[True, False]]))
+        np.testing.assert_array_equal(reward, [[30.0, -10.0]])
+
+    @chex.all_variants
+    def test_information_is_none_of_a_guess_and_one_of_certainty(self):
+        # A guess among 4 costs ln 4 nats, half of its information ln 2, an eighth's belief ln 8.
+        loss = jnp.log(jnp.array([[1.0, 2.0, 4.0, 8.0]]))
+        reward = self.variant(lambda x: rewards.information_reward(x, num_classes=4))(loss)
+        np.testing.assert_allclose(reward, [[1.0, 0.5, 0.0, 0.0]], atol=1e-6)
+
+
 class GatedRewardTest(chex.TestCase):
     @chex.all_variants
-    def test_latency_counts_only_where_right(self):
-        reward = self.variant(
-            lambda r, c: rewards.gated_reward(r, c, positive_weight=30.0, negative_weight=-10.0)
-        )(jnp.array([[0.5, 0.5, 0.0, 1.0]]), jnp.array([[True, False, True, False]]))
-        np.testing.assert_array_equal(reward, [[15.0, -10.0, 0.0, -10.0]])
+    def test_latency_counts_only_where_the_task_is_done(self):
+        reward = self.variant(rewards.gated_reward)(
+            jnp.array([[30.0, -10.0, 30.0, 0.0]]), jnp.array([[0.5, 0.5, 0.0, 1.0]])
+        )
+        np.testing.assert_array_equal(reward, [[15.0, -10.0, 0.0, 0.0]])
 
 
 class FallingUpperBoundTest(chex.TestCase):

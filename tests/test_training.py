@@ -58,6 +58,14 @@ def make_stage(name: str, axis_name: str | None):
             reward = dataclasses.replace(reward, advantage="standardised")
         if name == "search_by_samples":
             reward = dataclasses.replace(reward, samples=3)
+        if name == "search_ours":
+            reward = dataclasses.replace(
+                reward,
+                task="information",
+                advantage="leave_one_out",
+                samples=2,
+                diversity_weight=0.5,
+            )
         return search.search(
             setting,
             cells_ms=CELLS_MS,
@@ -124,7 +132,7 @@ def train(name: str, *, devices: int):
     return history
 
 
-@pytest.mark.parametrize("name", ["pretrain", "search", "search_by_samples"])
+@pytest.mark.parametrize("name", ["pretrain", "search", "search_by_samples", "search_ours"])
 def test_four_devices_train_as_one(name):
     """Same global batches: parameters, running statistics and metrics agree to rounding.
 
@@ -289,6 +297,14 @@ def test_standardised_advantages_change_the_loss_alone():
     for name in ("sampled_reward", "greedy_reward", "policy_entropy_nats"):
         np.testing.assert_allclose(plain[name], standardised[name], rtol=1e-6)
     assert abs(plain["controller_loss"] - standardised["controller_loss"]) > 1e-2
+
+
+def test_a_task_reward_by_information_is_between_zero_and_one():
+    right, informed = (train(name, devices=1)[0][1] for name in ("search", "search_ours"))
+    # The same greedy masks: a wrong answer weighs -1, what it knows nevertheless more than 0.
+    np.testing.assert_allclose(right["greedy_latency_ms"], informed["greedy_latency_ms"], rtol=1e-6)
+    assert right["greedy_accuracy"] == informed["greedy_accuracy"]
+    assert right["greedy_reward"] < 0.0 < informed["greedy_reward"] < 1.0
 
 
 def test_the_search_alternates_phases():

@@ -1,0 +1,44 @@
+"""Settings: fields of dataclasses that say themselves what they mean and which values they take.
+
+A field's metadata carries its flag's help and its allowed range, so that a setting is declared,
+documented and checked in one place.
+"""
+
+import dataclasses
+from typing import Any
+
+from instanas_jax.errors import InputError
+
+
+def setting(
+    default: Any,
+    help_text: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A dataclass field that is also a flag."""
+    metadata = {"help": help_text, "minimum": minimum, "maximum": maximum, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check(section: Any, *, prefix: str = "") -> None:
+    """InputError for the first setting of a dataclass that is out of range.
+
+    Args:
+      prefix: of the settings' flags.
+    """
+    for field in dataclasses.fields(section):
+        _check(f"--{prefix}{field.name}", getattr(section, field.name), field.metadata)
+
+
+def _check(flag: str, value: Any, rules: Any) -> None:
+    minimum, maximum, choices = rules["minimum"], rules["maximum"], rules["choices"]
+    if choices is not None and value not in choices:
+        raise InputError(f"{flag}={value}: choose one of {', '.join(choices)}")
+    # Written so that NaN, which compares false with everything, is refused as well.
+    if minimum is not None and not value >= minimum:
+        raise InputError(f"{flag}={value}: must be {minimum:g} or more")
+    if maximum is not None and not value <= maximum:
+        raise InputError(f"{flag}={value}: must be {maximum:g} or less")
