@@ -76,7 +76,7 @@ class ModelConfig:
     )
     controller: str = setting(
         "",
-        "Controller: the published residual networks, or one layer over patches, which is far "
+        "Controller: a published residual network, or patches, two small layers that are far "
         "faster; empty: the preset's.",
         choices=("", *CONTROLLERS),
     )

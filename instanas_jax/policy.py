@@ -5,6 +5,7 @@ Source: InstaNAS (arXiv 1811.10201), section 3.3.
 """
 
 import dataclasses
+import functools
 import itertools
 from typing import Literal
 
@@ -105,6 +106,14 @@ def entropy(
     return jnp.sum(terms, axis=(-2, -1))
 
 
+def mean_over_batch(
+    values: jax.Array, *, axis: int | None = None, axis_name: str | None = None
+) -> jax.Array:
+    """Mean over an axis, or all, and over the devices that share the global batch, if any."""
+    local = jnp.mean(values, axis=axis)
+    return lax.pmean(local, axis_name) if axis_name else local
+
+
 def mutual_information(
     policy_logits: jax.Array, *, bounding: float, axis_name: str | None = None
 ) -> jax.Array:
@@ -121,11 +130,7 @@ def mutual_information(
     """
     chex.assert_rank(policy_logits, 3)
     pair = log_probabilities(policy_logits, bounding=bounding)
-
-    def mean(values: jax.Array) -> jax.Array:
-        local = jnp.mean(values, axis=0)
-        return lax.pmean(local, axis_name) if axis_name else local
-
+    mean = functools.partial(mean_over_batch, axis=0, axis_name=axis_name)
     # One of a pair of means may be 0 in float32, whose logarithm has no gradient.
     marginal = sum(-p * jnp.log(jnp.maximum(p, _TINY)) for p in map(mean, map(jnp.exp, pair)))
     return jnp.sum(marginal) - mean(entropy(policy_logits, bounding=bounding))

@@ -4,12 +4,12 @@ Source: InstaNAS (arXiv 1811.10201), section 3.3; self-critical sequence trainin
 (arXiv 1612.00563), equation 7.
 """
 
+import functools
 from typing import Literal
 
 import chex
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from instanas_jax import policy
 
@@ -54,11 +54,7 @@ def standardise(advantage: jax.Array, *, axis_name: str | None = None) -> jax.Ar
     Args:
       axis_name: the device axis that shares the global batch, if any.
     """
-
-    def mean(values: jax.Array) -> jax.Array:
-        local = jnp.mean(values)
-        return lax.pmean(local, axis_name) if axis_name else local
-
+    mean = functools.partial(policy.mean_over_batch, axis_name=axis_name)
     centred = advantage - mean(advantage)
     spread = jnp.sqrt(mean(jnp.square(centred)))
     return centred / jnp.maximum(spread, _SMALLEST_SPREAD)

@@ -66,6 +66,8 @@ def make_stage(name: str, axis_name: str | None):
                 samples=2,
                 diversity_weight=0.5,
             )
+        if name == "search_alike":
+            reward = dataclasses.replace(reward, samples=3, diversity_weight=0.5)
         return search.search(
             setting,
             cells_ms=CELLS_MS,
@@ -297,6 +299,38 @@ def test_standardised_advantages_change_the_loss_alone():
     for name in ("sampled_reward", "greedy_reward", "policy_entropy_nats"):
         np.testing.assert_allclose(plain[name], standardised[name], rtol=1e-6)
     assert abs(plain["controller_loss"] - standardised["controller_loss"]) > 1e-2
+
+
+def test_information_of_the_policy_lowers_the_loss_by_its_weight():
+    plain, informed = (
+        train(name, devices=1)[0][1] for name in ("search_by_samples", "search_alike")
+    )
+    information = plain["policy_information_nats"]
+    assert information > 1e-4
+    np.testing.assert_allclose(
+        informed["controller_loss"], plain["controller_loss"] - 0.5 * information, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        # Samples of 3 and 1 for one image, 5 and 5 for the other; greedy 2 and 4. Less greedy:
+        # 1, 1, -1, 1, of mean 0.5 and spread sqrt(0.75). Less the other sample: 2, 0, -2, 0, of
+        # spread sqrt(2).
+        ("self_critical", [[1.0, 1.0], [-1.0, 1.0]]),
+        ("standardised", [[0.57735, 0.57735], [-1.73205, 0.57735]]),
+        ("leave_one_out", [[1.41421, 0.0], [-1.41421, 0.0]]),
+    ],
+)
+def test_advantages_of_each_kind(kind, expected):
+    reward = search.RewardSettings(
+        lower_ms=0.5, upper_start_ms=10.0, upper_end_ms=4.0, samples=2, advantage=kind
+    )
+    advantage = search._advantage(
+        jnp.array([[3.0, 5.0], [1.0, 5.0]]), jnp.array([2.0, 4.0]), reward, make_setting(None)
+    )
+    np.testing.assert_allclose(advantage, expected, atol=1e-4)
 
 
 def test_a_task_reward_by_information_is_between_zero_and_one():
