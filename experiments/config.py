@@ -165,8 +165,8 @@ class SearchConfig:
     )
     diversity_weight: float = setting(
         0.0,
-        "Weight of the mutual information of image and path, which keeps policies looking at the "
-        "image.",
+        "Weight of the information of an image about which cells run, which keeps policies looking "
+        "at the image.",
         minimum=0.0,
     )
     advantage: str = setting(

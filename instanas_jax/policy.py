@@ -114,26 +114,40 @@ def mean_over_batch(
     return lax.pmean(local, axis_name) if axis_name else local
 
 
-def mutual_information(
-    policy_logits: jax.Array, *, bounding: float, axis_name: str | None = None
+def depth_information(
+    policy_logits: jax.Array,
+    forced_cells: np.ndarray,
+    *,
+    bounding: float,
+    axis_name: str | None = None,
 ) -> jax.Array:
-    """What the image says about each path, summed over paths; scalar, nats.
+    """What the image says about which cells run, summed over cells; scalar, nats.
 
-    H(mean of p') - mean of H(p'), of the global batch: large where the policy is sure of every
-    image's path and images differ, 0 where all images have the same policy, however unsure. Zero
-    or more.
+    A cell that may be empty is passed through with probability q, the product of 1 - p' over its
+    ops. Its information is h(mean of q) - mean of h(q) of the global batch, h the entropy of a
+    bit: large where the policy is sure of every image and images differ, 0 where all images have
+    the same policy, however unsure. Zero or more. Which op runs does not count.
 
     Args:
       policy_logits: [B, L, O].
+      forced_cells: bool [L], `SupernetSpec.forced_cells`; those are never empty.
       bounding: see `log_probabilities`.
       axis_name: the device axis that shares the global batch, if any.
     """
     chex.assert_rank(policy_logits, 3)
-    pair = log_probabilities(policy_logits, bounding=bounding)
+    chex.assert_axis_dimension(policy_logits, 1, len(forced_cells))
+    optional = policy_logits[:, np.flatnonzero(~np.asarray(forced_cells))]
+    _, log_off = log_probabilities(optional, bounding=bounding)
+    empty = jnp.exp(jnp.sum(log_off, axis=-1))
     mean = functools.partial(mean_over_batch, axis=0, axis_name=axis_name)
-    # One of a pair of means may be 0 in float32, whose logarithm has no gradient.
-    marginal = sum(-p * jnp.log(jnp.maximum(p, _TINY)) for p in map(mean, map(jnp.exp, pair)))
-    return jnp.sum(marginal) - mean(entropy(policy_logits, bounding=bounding))
+    return jnp.sum(_bit_entropy(mean(empty)) - mean(_bit_entropy(empty)))
+
+
+def _bit_entropy(probability: jax.Array) -> jax.Array:
+    """-p ln p - (1 - p) ln(1 - p); shapes as given."""
+    pair = (probability, 1.0 - probability)
+    # One of the two may be 0 in float32, whose logarithm has no gradient.
+    return -sum(p * jnp.log(jnp.maximum(p, _TINY)) for p in pair)
 
 
 def resolve_empty_cells(

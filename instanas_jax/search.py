@@ -55,7 +55,7 @@ class RewardSettings:
     bounding: float = 0.8
     entropy_weight: float = 0.8
     entropy_kind: policy.EntropyKind = "one_sided"
-    diversity_weight: float = 0.0  # Of `policy.mutual_information`; ours.
+    diversity_weight: float = 0.0  # Of `policy.depth_information`; ours.
     advantage: policy_gradient.AdvantageKind = "self_critical"
     samples: int = 1  # Masks drawn an image for one update; the paper's is one.
 
@@ -147,8 +147,11 @@ def search(
                 entropy_weight=reward.entropy_weight,
                 entropy_kind=reward.entropy_kind,
             )
-            diversity = policy.mutual_information(
-                policy_logits, bounding=reward.bounding, axis_name=setting.axis_name
+            diversity = policy.depth_information(
+                policy_logits,
+                spec.forced_cells,
+                bounding=reward.bounding,
+                axis_name=setting.axis_name,
             )
             loss -= reward.diversity_weight * diversity
             sampled_latency, greedy_latency = jnp.split(latency_ms, [len(sampled)])
@@ -164,7 +167,7 @@ def search(
                 "policy_entropy_nats": jnp.mean(
                     policy.entropy(policy_logits, bounding=reward.bounding)
                 ),
-                "policy_information_nats": diversity,
+                "depth_information_nats": diversity,
             }
             return loss, (moments, metrics)
 

@@ -250,28 +250,42 @@ class TestDescribe:
         assert len(names) == 17
 
 
-class MutualInformationTest(chex.TestCase):
+class DepthInformationTest(chex.TestCase):
     @chex.all_variants(with_pmap=False)
     def test_by_hand(self):
-        """Of one path whose p' is 0.65 for one image and 0.35 for the other, and one of 0.8 for
-        both: ln 2 - H(0.65) = 0.693147 - 0.647447, and nothing."""
-        logits = jnp.array([[[LN3, 1e4]], [[-LN3, 1e4]]])
-        information = self.variant(lambda x: policy.mutual_information(x, bounding=0.8))(logits)
-        np.testing.assert_allclose(information, 0.045700, atol=1e-5)
+        """Two ops of one cell, both of p' 0.65 for one image and 0.35 for the other: it is empty
+        with 0.1225 and 0.4225; h(0.2725) - (h(0.1225) + h(0.4225)) / 2. The other cell is empty
+        for both with 0.04, the third never."""
+        logits = jnp.array(
+            [[[LN3, LN3], [1e4, 1e4], [LN3, 9.0]], [[-LN3, -LN3], [1e4, 1e4], [-LN3, -9.0]]]
+        )
+        forced = np.array([False, False, True])
+        information = self.variant(lambda x: policy.depth_information(x, forced, bounding=0.8))(
+            logits
+        )
+        expected = 0.585730 - (0.371877 + 0.681086) / 2
+        np.testing.assert_allclose(information, expected, atol=1e-5)
+
+    def test_which_op_runs_is_no_depth(self):
+        """Sure of every image, and of another op for each."""
+        logits = jnp.array([[[200.0, -200.0]], [[-200.0, 200.0]]])
+        information = policy.depth_information(logits, np.array([False]), bounding=1.0)
+        np.testing.assert_allclose(information, 0.0, atol=1e-6)
 
     def test_gradient_is_finite_where_probabilities_are_zero(self):
         logits = jnp.array([[[200.0, -200.0]], [[-200.0, -200.0]]])
-        value, gradient = jax.value_and_grad(lambda x: policy.mutual_information(x, bounding=1.0))(
-            logits
-        )
+        value, gradient = jax.value_and_grad(
+            lambda x: policy.depth_information(x, np.array([False]), bounding=1.0)
+        )(logits)
         np.testing.assert_allclose(value, math.log(2.0), rtol=1e-6)
         assert np.all(np.isfinite(gradient))
 
     def test_batch_is_the_global_one(self):
         logits = jnp.asarray(np.random.default_rng(1).normal(size=(6, 4, 5)), jnp.float32)
-        whole = policy.mutual_information(logits, bounding=0.9)
+        forced = np.array([True, False, False, True])
+        whole = policy.depth_information(logits, forced, bounding=0.9)
         shared = jax.vmap(
-            lambda part: policy.mutual_information(part, bounding=0.9, axis_name="devices"),
+            lambda part: policy.depth_information(part, forced, bounding=0.9, axis_name="devices"),
             axis_name="devices",
         )(logits.reshape(3, 2, 4, 5))
         np.testing.assert_allclose(shared, np.full(3, whole), rtol=1e-5)

@@ -305,7 +305,7 @@ def test_information_of_the_policy_lowers_the_loss_by_its_weight():
     plain, informed = (
         train(name, devices=1)[0][1] for name in ("search_by_samples", "search_alike")
     )
-    information = plain["policy_information_nats"]
+    information = plain["depth_information_nats"]
     assert information > 1e-4
     np.testing.assert_allclose(
         informed["controller_loss"], plain["controller_loss"] - 0.5 * information, atol=1e-5
