@@ -1,7 +1,7 @@
 """Accuracy, latency and decisions of a trained state over a whole split."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -52,6 +52,7 @@ class Evaluator:
         self._batch_size = batch_size
         self._answer = parallel.compile_map(self._answer_batch)
         self._score = parallel.compile_map(self._score_batch)
+        self._moments = parallel.compile_map(self._moments_of_batch)
 
     def _score_batch(self, weights: packing.Packed, batch: dict[str, jax.Array]) -> jax.Array:
         setting = self._setting
@@ -80,6 +81,22 @@ class Evaluator:
             "policy_entropy_bits": policy.entropy(policy_logits, bounding=1.0) / np.log(2.0),
         }
 
+    def _moments_of_batch(self, inputs: dict[str, Any], batch: dict[str, jax.Array]) -> Any:
+        setting = self._setting
+        images = augment.normalise(batch["image"], mean=setting.mean, std=setting.std)
+        mask = jnp.broadcast_to(inputs["architecture"], (len(images), *setting.spec.mask_shape))
+        _, moments = supernet.apply_train(
+            setting.spec,
+            inputs["supernet"].arrays(),
+            images,
+            mask,
+            dropout_key=jax.random.key(setting.seed),
+            lowering=setting.lowering,
+            dtype=setting.dtype,
+            axis_name=setting.axis_name,
+        )
+        return moments
+
     def __call__(
         self, state: TrainState, images: data.Images, *, architecture: np.ndarray | None = None
     ) -> Answers:
@@ -102,6 +119,24 @@ class Evaluator:
             "architecture": np.zeros(spec.mask_shape) if architecture is None else architecture,
             "is_static": np.asarray(architecture is not None),
         }
+
+    def recalibrated(
+        self, state: TrainState, batches: Sequence[Any], *, architecture: np.ndarray
+    ) -> TrainState:
+        """A host state with the batch statistics of its supernet under one architecture [L, O].
+
+        A supernet's running statistics are those of the masks that it was trained under. Networks
+        of one op a cell, the best among them, answer by chance with them. Source: the
+        post-statistics of universally slimmable networks (arXiv 1903.05134).
+
+        Args:
+          batches: of training images, on the devices; the statistics are their mean.
+        """
+        inputs = {"supernet": packing.ravel(state.supernet), "architecture": architecture}
+        replicated = parallel.replicate(inputs)
+        moments = [parallel.unreplicate(self._moments(replicated, batch)) for batch in batches]
+        statistics = jax.tree.map(lambda *parts: np.mean(parts, axis=0), *moments)
+        return dataclasses.replace(state, supernet={**state.supernet, "batch_stats": statistics})
 
     def policy_logits(self, state: TrainState, images: data.Images) -> np.ndarray:
         """Of a host state's controller; [N, L, O]."""

@@ -2,8 +2,9 @@
 
 python -m experiments.static_search --workdir=W --method=evolution --evaluations=100
 
-Fitness is accuracy on validation images with the pretrained supernet's weights; the budget is what
-the variant takes in the mean on validation images, by the table. What is found is trained as the
+Fitness is accuracy on validation images with the pretrained supernet's weights and the batch
+statistics of some training images under the architecture; the budget is what the variant takes in
+the mean on validation images, by the table. What is found is trained as the
 run's own static baseline, with as many images as a variant, answers the test split once, and is
 timed in turn with the variant and the baseline. Writes static_search_METHOD.json and the metrics of
 the training into the run's folder; the same command again resumes the training.
@@ -22,7 +23,7 @@ from experiments import flags as flags_lib
 from experiments import results, timing, trained_run
 from experiments.pipeline import Pipeline
 from experiments.workdir import Workdir, write_json
-from instanas_jax import data, metrics, policy, search_space, static_nas
+from instanas_jax import data, feeding, metrics, policy, search_space, static_nas
 from instanas_jax.train_state import TrainState
 
 _METHODS = {"random": static_nas.random_search, "evolution": static_nas.evolution}
@@ -34,6 +35,9 @@ def _define_flags() -> None:
     flags.DEFINE_integer("evaluations", 100, "Architectures to evaluate.", lower_bound=1)
     flags.DEFINE_integer(
         "images", 1000, "Validation images of an evaluation, at most.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "calibration_batches", 4, "Batches of training images of an evaluation.", lower_bound=1
     )
     flags.DEFINE_string(
         "variant", "", "Whose table latency is the budget; empty: the most accurate."
@@ -48,18 +52,29 @@ def search(
     method: str,
     evaluations: int,
     images: int,
+    calibration_batches: int,
     budget_ms: float,
 ) -> list[static_nas.Evaluated]:
     """All architectures that were evaluated, in order."""
     validation = pipeline.dataset.validation
     some = validation.take(np.arange(min(images, len(validation))))
+    seed = pipeline.config.run.seed
+    batches = list(
+        feeding.train_batches(
+            pipeline.dataset.train,
+            batch_size=pipeline.config.pretrain.batch_size,
+            seed=seed,
+            num_steps=calibration_batches,
+        )
+    )
 
     def fitness(architecture: np.ndarray) -> float:
         mask = architecture.astype(np.float32)
-        return pipeline.evaluate(pretrained, some, architecture=mask).accuracy
+        state = pipeline.evaluate.recalibrated(pretrained, batches, architecture=mask)
+        return pipeline.evaluate(state, some, architecture=mask).accuracy
 
     space = static_nas.Space(pipeline.spec, pipeline.table, budget_ms)
-    proposed = _METHODS[method](space, fitness, seed=pipeline.config.run.seed)
+    proposed = _METHODS[method](space, fitness, seed=seed)
     with tqdm(total=evaluations, desc=method, unit="architecture", dynamic_ncols=True) as bar:
         evaluated = []
         for member in itertools.islice(proposed, evaluations):
@@ -140,6 +155,7 @@ def _run() -> None:
             method=values.method,
             evaluations=values.evaluations,
             images=values.images,
+            calibration_batches=values.calibration_batches,
             budget_ms=budget_ms,
         )
         best = max(evaluated, key=lambda member: member.fitness)

@@ -128,7 +128,13 @@ def test_a_static_search_answers_beside_the_variant(tmp_path, fake_data, capsys,
     run._run("synthetic")
     written = json.loads((path / "results.json").read_text())
     row, before = written["variants"][0], (path / "metrics.jsonl").read_text()
-    wanted = {"workdir": str(path), "method": "evolution", "evaluations": 25, "images": 8}
+    wanted = {
+        "workdir": str(path),
+        "method": "evolution",
+        "evaluations": 25,
+        "images": 8,
+        "calibration_batches": 1,
+    }
     monkeypatch.setattr(
         static_search.flags, "FLAGS", SimpleNamespace(**wanted, variant="A", data_dir="")
     )

@@ -1,0 +1,70 @@
+"""Answers over a split, and batch statistics under one architecture."""
+
+import jax
+import numpy as np
+
+from experiments import evaluation
+from instanas_jax import augment, feeding, parallel, supernet, train_state
+from instanas_jax.image_sets import ImageSet
+from instanas_jax.search_space import preset, uniform_architecture
+from instanas_jax.stage import Setting
+
+SPEC = preset("tiny", num_classes=10)
+BATCH = 32
+SETTING = Setting(
+    SPEC,
+    mean=(0.4, 0.4, 0.4),
+    std=(0.3, 0.3, 0.3),
+    augmentation=augment.Augmentation(pad=4, flip=True, cutout=16),
+    seed=0,
+    lowering="shifted",
+    axis_name=parallel.axis_name(),
+)
+
+
+def make_images() -> ImageSet:
+    rng = np.random.default_rng(0)
+    shape = (BATCH, SPEC.image_size, SPEC.image_size, 3)
+    return ImageSet(
+        rng.integers(0, 256, shape, dtype=np.uint8), rng.integers(0, 10, BATCH, dtype=np.int32)
+    )
+
+
+def test_recalibrated_evaluation_is_training_mode_on_the_same_images():
+    """Folded weights see the batch's own statistics: same answers, where running statistics, which
+    no image has moved yet, give others."""
+    images, architecture = make_images(), uniform_architecture(SPEC, 1)
+    evaluate = evaluation.Evaluator(SETTING, batch_size=BATCH)
+    state = jax.device_get(train_state.create(jax.random.key(0), SPEC))
+    batches = list(feeding.train_batches(images, batch_size=BATCH, seed=0, num_steps=1))
+    recalibrated = evaluate.recalibrated(state, batches, architecture=architecture)
+
+    class_logits, _ = supernet.apply_train(
+        SPEC,
+        state.supernet,
+        augment.normalise(images.images, mean=SETTING.mean, std=SETTING.std),
+        np.broadcast_to(architecture, (BATCH, *SPEC.mask_shape)),
+        lowering="shifted",
+    )
+    log_probabilities = np.asarray(jax.nn.log_softmax(class_logits))
+    expected = -log_probabilities[np.arange(BATCH), images.labels]
+    answers = evaluate(recalibrated, images, architecture=architecture)
+    np.testing.assert_allclose(answers.loss, expected, rtol=1e-3, atol=1e-4)
+    before = evaluate(state, images, architecture=architecture)
+    assert np.abs(before.loss - expected).max() > 0.05
+
+
+def test_statistics_are_the_mean_over_batches():
+    images, architecture = make_images(), uniform_architecture(SPEC, 0)
+    evaluate = evaluation.Evaluator(SETTING, batch_size=BATCH)
+    state = jax.device_get(train_state.create(jax.random.key(0), SPEC))
+    halves = list(feeding.train_batches(images, batch_size=BATCH // 2, seed=0, num_steps=2))
+
+    def statistics(batches):
+        state_of = evaluate.recalibrated(state, batches, architecture=architecture)
+        return jax.tree.leaves(state_of.supernet["batch_stats"])
+
+    for both, first, second in zip(
+        statistics(halves), statistics(halves[:1]), statistics(halves[1:]), strict=True
+    ):
+        np.testing.assert_allclose(both, (first + second) / 2, rtol=1e-5, atol=1e-6)
