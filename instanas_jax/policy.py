@@ -145,9 +145,9 @@ def depth_information(
 
 def _bit_entropy(probability: jax.Array) -> jax.Array:
     """-p ln p - (1 - p) ln(1 - p); shapes as given."""
-    pair = (probability, 1.0 - probability)
+    pair = jnp.stack([probability, 1.0 - probability])
     # One of the two may be 0 in float32, whose logarithm has no gradient.
-    return -sum(p * jnp.log(jnp.maximum(p, _TINY)) for p in pair)
+    return -jnp.sum(pair * jnp.log(jnp.maximum(pair, _TINY)), axis=0)
 
 
 def resolve_empty_cells(
