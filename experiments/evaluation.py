@@ -52,7 +52,7 @@ class Evaluator:
         self._batch_size = batch_size
         self._answer = parallel.compile_map(self._answer_batch)
         self._score = parallel.compile_map(self._score_batch)
-        self._moments = parallel.compile_map(self._moments_of_batch)
+        self._moments = parallel.Program(self._moments_of_batch)
 
     def _score_batch(self, weights: packing.Packed, batch: dict[str, jax.Array]) -> jax.Array:
         setting = self._setting
@@ -90,9 +90,7 @@ class Evaluator:
             inputs["supernet"].arrays(),
             images,
             mask,
-            dropout_key=jax.random.key(setting.seed),
             lowering=setting.lowering,
-            dtype=setting.dtype,
             axis_name=setting.axis_name,
         )
         return moments

@@ -23,7 +23,7 @@ from experiments import flags as flags_lib
 from experiments import results, timing, trained_run
 from experiments.pipeline import Pipeline
 from experiments.workdir import Workdir, write_json
-from instanas_jax import data, feeding, metrics, policy, search_space, static_nas
+from instanas_jax import data, metrics, parallel, policy, search_space, static_nas
 from instanas_jax.train_state import TrainState
 
 _METHODS = {"random": static_nas.random_search, "evolution": static_nas.evolution}
@@ -37,7 +37,10 @@ def _define_flags() -> None:
         "images", 1000, "Validation images of an evaluation, at most.", lower_bound=1
     )
     flags.DEFINE_integer(
-        "calibration_batches", 4, "Batches of training images of an evaluation.", lower_bound=1
+        "calibration_images",
+        256,
+        "Training images of an evaluation, in whole batches of pretraining.",
+        lower_bound=1,
     )
     flags.DEFINE_string(
         "variant", "", "Whose table latency is the budget; empty: the most accurate."
@@ -52,21 +55,14 @@ def search(
     method: str,
     evaluations: int,
     images: int,
-    calibration_batches: int,
+    calibration_images: int,
     budget_ms: float,
 ) -> list[static_nas.Evaluated]:
     """All architectures that were evaluated, in order."""
     validation = pipeline.dataset.validation
     some = validation.take(np.arange(min(images, len(validation))))
     seed = pipeline.config.run.seed
-    batches = list(
-        feeding.train_batches(
-            pipeline.dataset.train,
-            batch_size=pipeline.config.pretrain.batch_size,
-            seed=seed,
-            num_steps=calibration_batches,
-        )
-    )
+    batches = _calibration_batches(pipeline, calibration_images, seed=seed)
 
     def fitness(architecture: np.ndarray) -> float:
         mask = architecture.astype(np.float32)
@@ -82,6 +78,16 @@ def search(
             bar.set_postfix_str(f"best={max(one.fitness for one in evaluated):.4f}", refresh=False)
             bar.update()
     return evaluated
+
+
+def _calibration_batches(pipeline: Pipeline, images: int, *, seed: int) -> list[Any]:
+    """Random training images as evaluation sees them, in whole batches on the devices."""
+    train, batch_size = pipeline.dataset.train, pipeline.config.pretrain.batch_size
+    count = max(1, min(images, len(train)) // batch_size) * batch_size
+    some = train.take(np.random.default_rng(seed).permutation(len(train))[:count])
+    share = parallel.share(batch_size)
+    batches = data.eval_batches(some, batch_size=batch_size, share=share)
+    return [parallel.shard(dict(batch)) for batch in batches]
 
 
 def report(
@@ -155,13 +161,16 @@ def _run() -> None:
             method=values.method,
             evaluations=values.evaluations,
             images=values.images,
-            calibration_batches=values.calibration_batches,
+            calibration_images=values.calibration_images,
             budget_ms=budget_ms,
         )
         best = max(evaluated, key=lambda member: member.fitness)
         architecture = best.architecture.astype(np.float32)
         text = policy.describe(architecture, pipeline.spec.forced_cells)
-        print(f"{text}\n{best.fitness:.4f} with the supernet's weights", flush=True)
+        print(
+            f"{text}\n{best.fitness:.4f} with the supernet's weights and its own statistics",
+            flush=True,
+        )
         # Another architecture is another training.
         digest = zlib.crc32(np.packbits(best.architecture).tobytes())
         found = pipeline.train_static(f"static_{digest:08x}", architecture, pretrained)
@@ -180,6 +189,8 @@ def _run() -> None:
         {
             "method": values.method,
             "evaluations": len(evaluated),
+            "images": values.images,
+            "calibration_images": values.calibration_images,
             "budget_ms": budget_ms,
             "architecture": text,
             "fitness": [member.fitness for member in evaluated],

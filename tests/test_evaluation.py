@@ -8,6 +8,7 @@ from instanas_jax import augment, feeding, parallel, supernet, train_state
 from instanas_jax.image_sets import ImageSet
 from instanas_jax.search_space import preset, uniform_architecture
 from instanas_jax.stage import Setting
+from tests.networks import as_if_trained
 
 SPEC = preset("tiny", num_classes=10)
 BATCH = 32
@@ -30,12 +31,18 @@ def make_images() -> ImageSet:
     )
 
 
+def make_state() -> train_state.TrainState:
+    """On the host, with networks in which every path has a say."""
+    state = train_state.create(jax.random.key(0), SPEC)
+    return jax.device_get(state.replace(supernet=as_if_trained(state.supernet)))
+
+
 def test_recalibrated_evaluation_is_training_mode_on_the_same_images():
-    """Folded weights see the batch's own statistics: same answers, where running statistics, which
-    no image has moved yet, give others."""
+    """Folded weights see the batch's own statistics: same answers, where the running ones give
+    others."""
     images, architecture = make_images(), uniform_architecture(SPEC, 1)
     evaluate = evaluation.Evaluator(SETTING, batch_size=BATCH)
-    state = jax.device_get(train_state.create(jax.random.key(0), SPEC))
+    state = make_state()
     batches = list(feeding.train_batches(images, batch_size=BATCH, seed=0, num_steps=1))
     recalibrated = evaluate.recalibrated(state, batches, architecture=architecture)
 
@@ -49,7 +56,7 @@ def test_recalibrated_evaluation_is_training_mode_on_the_same_images():
     log_probabilities = np.asarray(jax.nn.log_softmax(class_logits))
     expected = -log_probabilities[np.arange(BATCH), images.labels]
     answers = evaluate(recalibrated, images, architecture=architecture)
-    np.testing.assert_allclose(answers.loss, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(answers.loss, expected, rtol=5e-3)
     before = evaluate(state, images, architecture=architecture)
     assert np.abs(before.loss - expected).max() > 0.05
 
@@ -57,7 +64,7 @@ def test_recalibrated_evaluation_is_training_mode_on_the_same_images():
 def test_statistics_are_the_mean_over_batches():
     images, architecture = make_images(), uniform_architecture(SPEC, 0)
     evaluate = evaluation.Evaluator(SETTING, batch_size=BATCH)
-    state = jax.device_get(train_state.create(jax.random.key(0), SPEC))
+    state = make_state()
     halves = list(feeding.train_batches(images, batch_size=BATCH // 2, seed=0, num_steps=2))
 
     def statistics(batches):

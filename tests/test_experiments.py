@@ -16,6 +16,7 @@ from experiments import (
     cifar10,
     cifar100,
     digits,
+    evaluation,
     imagenet,
     recipe,
     run,
@@ -133,12 +134,31 @@ def test_a_static_search_answers_beside_the_variant(tmp_path, fake_data, capsys,
         "method": "evolution",
         "evaluations": 25,
         "images": 8,
-        "calibration_batches": 1,
+        "calibration_images": 16,
     }
     monkeypatch.setattr(
         static_search.flags, "FLAGS", SimpleNamespace(**wanted, variant="A", data_dir="")
     )
-    static_search._run()
+    evaluated = []
+    recalibrate = evaluation.Evaluator.recalibrated
+
+    def recalibrated(self, state, batches, *, architecture):
+        evaluated.append(recalibrate(self, state, batches, architecture=architecture))
+        return evaluated[-1]
+
+    answer = evaluation.Evaluator.__call__
+    answering = []
+
+    def call(self, state, images, **options):
+        answering.append(state)
+        return answer(self, state, images, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation.Evaluator, "recalibrated", recalibrated)
+        patched.setattr(evaluation.Evaluator, "__call__", call)
+        static_search._run()
+    # Each architecture was judged by its own statistics.
+    assert all(one is other for one, other in zip(evaluated, answering[:25], strict=True))
     found = json.loads((path / "static_search_evolution.json").read_text())
     baseline, static, variant = found["rows"]
     assert len(found["fitness"]) == 25
