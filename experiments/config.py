@@ -187,6 +187,12 @@ class SearchConfig:
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
     epochs: float = setting(300.0, "Passes over the images, for each variant.", minimum=0.0)
+    start: str = setting(
+        "search",
+        "Weights that variants start from: the search's, as published, or those of the pretrained "
+        "supernet, as static baselines do.",
+        choices=("search", "pretrain"),
+    )
     batch_size: int = setting(256, "Images an update, over all devices.", minimum=1)
     learning_rate: float = setting(1e-3, "Peak rate of SGD with momentum 0.9.", minimum=0.0)
     schedule: str = setting("cosine", "Learning-rate schedule.", choices=SCHEDULE_KINDS)

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from experiments import evaluation, recipe, results, stage_runner, timing
-from experiments.config import Config, FinetuneConfig, PretrainConfig, SearchConfig
+from experiments.config import Config
+from experiments.plans import Plan, Planner
 from experiments.workdir import Workdir
 from instanas_jax import (
     controller,
@@ -18,12 +19,10 @@ from instanas_jax import (
     metrics,
     parallel,
     policy,
-    search_space,
     train_loop,
     train_state,
 )
 from instanas_jax.errors import InputError
-from instanas_jax.stage import Stage
 from instanas_jax.train_state import TrainState
 
 
@@ -34,22 +33,6 @@ class Network:
     name: str
     state: TrainState
     seconds: float
-    architecture: np.ndarray | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """A stage, and the section of the configuration that it trains by.
-
-    Attributes:
-      name: of the network that the stage makes, if it is a finetuning.
-      architecture: [L, O] that decides its paths, if it is not the network itself.
-    """
-
-    stage: Stage
-    section: PretrainConfig | SearchConfig | FinetuneConfig
-    total_steps: int
-    name: str = ""
     architecture: np.ndarray | None = None
 
 
@@ -91,6 +74,7 @@ class Pipeline:
                 config.run, self.spec, workdir, path=table_path, allow_foreign=allow_foreign_table
             )
         )
+        self.planner = Planner(config, self.setting, self.table, images=len(dataset.train))
         self.writer = writer or metrics.MultiWriter(
             [metrics.JsonlWriter(workdir.metrics), metrics.TensorBoardWriter(workdir.tensorboard)]
             if parallel.is_first()
@@ -102,8 +86,8 @@ class Pipeline:
 
     def run(self) -> dict[str, Any]:
         """Runs or resumes every stage, then evaluates; returns the contents of results.json."""
-        pretraining, searching = self._plan_pretraining(), self._plan_search()
-        baselines = [self._plan_one_op(op) for op in self.config.run.static_ops]
+        pretraining, searching = self.planner.pretraining(), self.planner.search()
+        baselines = [self.planner.one_op(op) for op in self.config.run.static_ops]
         fresh = self._fresh()
         # What trains later compiles on the cores that what trains now leaves idle; what trains
         # first compiles alone, or it would share them while nothing trains.
@@ -114,7 +98,10 @@ class Pipeline:
                 self._compile_ahead(compiler, fresh, [searching, *baselines])
                 pretrained, pretrain_seconds = self._pretrain(pretraining, fresh)
                 snapshots, search_seconds = self._search(searching, pretrained)
-                finetunings = [self._plan_variant(*named) for named in snapshots.items()]
+                finetunings = [
+                    self._plan_variant(name, snapshot, pretrained)
+                    for name, snapshot in snapshots.items()
+                ]
                 self._compile_ahead(compiler, fresh, [plan for plan, _ in finetunings])
                 statics = [self._finetune(plan, pretrained) for plan in baselines]
                 variants = [self._finetune(plan, state) for plan, state in finetunings]
@@ -144,7 +131,7 @@ class Pipeline:
 
     def pretrained(self) -> TrainState:
         """The pretrained supernet of a run that has one; InputError otherwise."""
-        plan = self._plan_pretraining()
+        plan = self.planner.pretraining()
         checkpoints = self.workdir.checkpoints(plan.stage.name)
         if not stage_runner.is_done(checkpoints, plan.total_steps):
             raise InputError(
@@ -157,7 +144,7 @@ class Pipeline:
         self, name: str, architecture: np.ndarray, pretrained: TrainState
     ) -> TrainState:
         """One architecture [L, O] as the run's static baselines are trained, or resumed."""
-        return self._finetune(self._plan_static(name, architecture), pretrained).state
+        return self._finetune(self.planner.static(name, architecture), pretrained).state
 
     def _fresh(self) -> TrainState:
         return train_state.create(
@@ -166,9 +153,6 @@ class Pipeline:
             policy_start=recipe.policy_start(self.spec, self.config.search),
         )
 
-    def _steps(self, epochs: float, batch_size: int) -> int:
-        return recipe.stage_steps(epochs, images=len(self.dataset.train), batch_size=batch_size)
-
     def _check_batches(self) -> None:
         for name in ("pretrain", "search", "finetune"):
             batch_size = getattr(self.config, name).batch_size
@@ -176,7 +160,7 @@ class Pipeline:
             data.steps_per_epoch(len(self.dataset.train), batch_size)
 
     def _compile_ahead(
-        self, compiler: concurrent.futures.Executor, state: TrainState, plans: list[_Plan]
+        self, compiler: concurrent.futures.Executor, state: TrainState, plans: list[Plan]
     ) -> None:
         """Of stages that are not done yet. What fails here fails again in its turn, and is seen."""
         raveled = train_state.ravel(state)
@@ -189,7 +173,7 @@ class Pipeline:
                 )
                 compiler.submit(train_loop.compile_ahead, plan.stage, raveled, dict(batch))
 
-    def _run_stage(self, plan: _Plan, state: TrainState, **options: Any):
+    def _run_stage(self, plan: Plan, state: TrainState, **options: Any):
         batch_size = plan.section.batch_size
         return stage_runner.run_stage(
             plan.stage,
@@ -200,7 +184,7 @@ class Pipeline:
             seed=self.config.run.seed,
             checkpoints=self.workdir.checkpoints(plan.stage.name),
             writer=self.writer,
-            eval_steps=self._steps(self.config.run.eval_epochs, batch_size),
+            eval_steps=self.planner.steps(self.config.run.eval_epochs, batch_size),
             log_steps=self.config.run.log_steps,
             **options,
         )
@@ -221,38 +205,11 @@ class Pipeline:
             scalars.update({f"validation_{name}": value for name, value in statistics.items()})
         return scalars
 
-    def _plan_pretraining(self) -> _Plan:
-        section = self.config.pretrain
-        total_steps = self._steps(section.epochs, section.batch_size)
-        stage = recipe.pretrain_stage(self.setting, section, total_steps=total_steps)
-        return _Plan(stage, section, total_steps)
-
-    def _plan_search(self) -> _Plan:
-        section = self.config.search
-        total_steps = max(2, self._steps(section.epochs, section.batch_size))
-        stage = recipe.search_stage(
-            self.setting,
-            section,
-            self.table,
-            total_steps=total_steps,
-            epoch_steps=self._steps(1.0, section.batch_size),
-        )
-        return _Plan(stage, section, total_steps)
-
-    def _plan_one_op(self, op_name: str) -> _Plan:
-        op = search_space.op_index(op_name)
-        name = "mobilenetv2" if op == search_space.MOBILENETV2_OP else op_name
-        return self._plan_static(name, search_space.uniform_architecture(self.spec, op))
-
-    def _plan_static(self, name: str, architecture: np.ndarray) -> _Plan:
-        """A static baseline, from the pretrained supernet, with as many images as the supernet
-        sees after pretraining on the way to a variant: its half of the search, and finetuning."""
-        epochs = self.config.search.epochs / 2 + self.config.finetune.epochs
-        settled = policy.Settled.architecture(architecture)
-        return self._plan_finetuning(name, settled, epochs, architecture)
-
-    def _plan_variant(self, name: str, snapshot: TrainState) -> tuple[_Plan, TrainState]:
-        """And the snapshot with its decisions settled."""
+    def _plan_variant(
+        self, name: str, snapshot: TrainState, pretrained: TrainState
+    ) -> tuple[Plan, TrainState]:
+        """And the state to finetune: the snapshot's policy, its decisions settled, with the weights
+        that variants start from."""
         section = self.config.finetune
         policy_logits = self.evaluate.policy_logits(snapshot, self.dataset.train)
         settled = policy.Settled.by_thresholds(
@@ -261,26 +218,18 @@ class Pipeline:
             tolerance=section.settle_tolerance,
         )
         state = dataclasses.replace(
-            snapshot, controller=controller.settle(snapshot.controller, settled)
+            pretrained if section.start == "pretrain" else snapshot,
+            controller=controller.settle(snapshot.controller, settled),
         )
-        return self._plan_finetuning(name, settled, section.epochs, None), state
+        return self.planner.variant(name, settled), state
 
-    def _plan_finetuning(
-        self, name: str, settled: policy.Settled, epochs: float, architecture: np.ndarray | None
-    ) -> _Plan:
-        section = self.config.finetune
-        total_steps = self._steps(epochs, section.batch_size)
-        stage = recipe.finetune_stage(self.setting, section, total_steps, settled)
-        stage = dataclasses.replace(stage, name=f"finetune_{name}")
-        return _Plan(stage, section, total_steps, name, architecture)
-
-    def _pretrain(self, plan: _Plan, fresh: TrainState) -> tuple[TrainState, float]:
+    def _pretrain(self, plan: Plan, fresh: TrainState) -> tuple[TrainState, float]:
         everything_on = np.ones(self.spec.mask_shape, np.float32)
         return self._run_stage(
             plan, fresh, validate=lambda state, step: self._validate(state, everything_on)
         )
 
-    def _search(self, plan: _Plan, pretrained: TrainState) -> tuple[dict[str, TrainState], float]:
+    def _search(self, plan: Plan, pretrained: TrainState) -> tuple[dict[str, TrainState], float]:
         """Snapshots by the names of the variants that they become."""
         count = min(self.config.run.variants, plan.total_steps)
         keep_steps = tuple(plan.total_steps * (index + 1) // count for index in range(count))
@@ -297,7 +246,7 @@ class Pipeline:
         }
         return snapshots, seconds
 
-    def _finetune(self, plan: _Plan, state: TrainState) -> Network:
+    def _finetune(self, plan: Plan, state: TrainState) -> Network:
         final, seconds = self._run_stage(
             plan,
             state,

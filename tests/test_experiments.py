@@ -27,7 +27,15 @@ from experiments import (
 from experiments import flags as flags_lib
 from experiments.config import Config, DataConfig, RunConfig, validate_section
 from experiments.workdir import Workdir
-from instanas_jax import data, data_sources, environment, metrics, parallel
+from instanas_jax import (
+    checkpoint,
+    data,
+    data_sources,
+    environment,
+    metrics,
+    parallel,
+    train_state,
+)
 from instanas_jax.augment import Augmentation
 from instanas_jax.errors import InputError
 from tests import fake_imagenet
@@ -121,6 +129,28 @@ def test_every_shipped_flagfile_runs_to_its_results(flagfile, tmp_path, fake_dat
     assert trained_run.open_run(str(tmp_path / "run")) is not None
     assert "is complete" in capsys.readouterr().out
     assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("start", ["search", "pretrain"])
+def test_variants_start_from_the_weights_that_are_asked_for(start, tmp_path, fake_data):
+    """At a learning rate of 0, what they end with is what they started from."""
+    path = tmp_path / "run"
+    settings = [f"--finetune_start={start}", "--finetune_learning_rate=0"]
+    parse(*TINY, *settings, "--search_alternation=batch", f"--workdir={path}")
+    run._run("synthetic")
+    opened = trained_run.open_run(str(path))
+    like = jax.eval_shape(train_state.ravel, train_state.shapes(opened.spec))
+
+    def weights_after(stage: str) -> np.ndarray:
+        checkpoints = checkpoint.StageCheckpoints(opened.files.checkpoints(stage))
+        restored = checkpoints.restore_latest({"state": like, "seconds": np.zeros(())})
+        checkpoints.close()
+        assert restored is not None
+        return restored[1]["state"].supernet["params"].vector
+
+    of_variant = weights_after("finetune_B")  # B is how the search ended.
+    for stage in ("pretrain", "search"):
+        assert np.array_equal(weights_after(stage), of_variant) == (stage == start)
 
 
 def test_a_static_search_answers_beside_the_variant(tmp_path, fake_data, capsys, monkeypatch):

@@ -1,0 +1,90 @@
+"""What each stage of a run trains, by which settings, and for how many updates."""
+
+import dataclasses
+
+import numpy as np
+
+from experiments import recipe
+from experiments.config import Config, FinetuneConfig, PretrainConfig, SearchConfig
+from instanas_jax import latency, policy, search_space
+from instanas_jax.stage import Setting, Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A stage, and the section of the configuration that it trains by.
+
+    Attributes:
+      name: of the network that the stage makes, if it is a finetuning.
+      architecture: [L, O] that decides its paths, if it is not the network itself.
+    """
+
+    stage: Stage
+    section: PretrainConfig | SearchConfig | FinetuneConfig
+    total_steps: int
+    name: str = ""
+    architecture: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Planner:
+    """Plans of one run.
+
+    Attributes:
+      images: how many the training split has.
+    """
+
+    config: Config
+    setting: Setting
+    table: latency.LatencyTable
+    images: int
+
+    def steps(self, epochs: float, batch_size: int) -> int:
+        return recipe.stage_steps(epochs, images=self.images, batch_size=batch_size)
+
+    def pretraining(self) -> Plan:
+        section = self.config.pretrain
+        total_steps = self.steps(section.epochs, section.batch_size)
+        stage = recipe.pretrain_stage(self.setting, section, total_steps=total_steps)
+        return Plan(stage, section, total_steps)
+
+    def search(self) -> Plan:
+        section = self.config.search
+        total_steps = max(2, self.steps(section.epochs, section.batch_size))
+        stage = recipe.search_stage(
+            self.setting,
+            section,
+            self.table,
+            total_steps=total_steps,
+            epoch_steps=self.steps(1.0, section.batch_size),
+        )
+        return Plan(stage, section, total_steps)
+
+    def variant(self, name: str, settled: policy.Settled) -> Plan:
+        """Finetuning of a snapshot that has settled these decisions."""
+        return self._finetuning(name, settled, self.config.finetune.epochs, None)
+
+    def one_op(self, op_name: str) -> Plan:
+        """A static baseline with the same op in all cells."""
+        op = search_space.op_index(op_name)
+        name = "mobilenetv2" if op == search_space.MOBILENETV2_OP else op_name
+        return self.static(name, search_space.uniform_architecture(self.setting.spec, op))
+
+    def static(self, name: str, architecture: np.ndarray) -> Plan:
+        """A static network [L, O], from the pretrained supernet, with as many images as a variant's
+        weights see after pretraining: in finetuning, and in the search where they come from it."""
+        epochs = self.config.finetune.epochs
+        if self.config.finetune.start == "search":
+            epochs += self.config.search.epochs / 2
+        return self._finetuning(
+            name, policy.Settled.architecture(architecture), epochs, architecture
+        )
+
+    def _finetuning(
+        self, name: str, settled: policy.Settled, epochs: float, architecture: np.ndarray | None
+    ) -> Plan:
+        section = self.config.finetune
+        total_steps = self.steps(epochs, section.batch_size)
+        stage = recipe.finetune_stage(self.setting, section, total_steps, settled)
+        stage = dataclasses.replace(stage, name=f"finetune_{name}")
+        return Plan(stage, section, total_steps, name, architecture)
