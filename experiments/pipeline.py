@@ -147,11 +147,14 @@ class Pipeline:
         return self._finetune(self.planner.static(name, architecture), pretrained).state
 
     def _fresh(self) -> TrainState:
-        return train_state.create(
+        section = self.config.search
+        state = train_state.create(
             jax.random.key(self.config.run.seed),
             self.spec,
-            policy_start=recipe.policy_start(self.spec, self.config.search),
+            policy_start=recipe.policy_start(self.spec, section),
         )
+        settled = recipe.search_settled(self.spec, section)
+        return dataclasses.replace(state, controller=controller.settle(state.controller, settled))
 
     def _check_batches(self) -> None:
         for name in ("pretrain", "search", "finetune"):

@@ -55,6 +55,16 @@ def policy_start(spec: SupernetSpec, section: SearchConfig) -> np.ndarray:
     return start
 
 
+def search_settled(spec: SupernetSpec, section: SearchConfig) -> policy.Settled:
+    """What the search leaves as it is: nothing, or all but where the start op runs."""
+    settled = policy.Settled.nothing(spec.mask_shape)
+    if section.scope == "depth":
+        op = search_space.op_index(section.start_op)
+        settled.off[:, np.arange(search_space.NUM_OPS) != op] = True
+        settled.on[:, op] = spec.forced_cells
+    return settled
+
+
 def pretrain_stage(setting: Setting, section: PretrainConfig, *, total_steps: int) -> Stage:
     return stages.pretrain(
         setting,
@@ -75,7 +85,8 @@ def search_stage(
     epoch_steps: int,
 ) -> Stage:
     """Bounds of the reward in milliseconds of this table."""
-    bounds = latency.baselines(table, setting.spec)
+    settled = search_settled(setting.spec, section)
+    bounds = latency.baselines(table, setting.spec, settled)
     decay_steps = round(section.controller_decay_epochs * epoch_steps)
     return search.search(
         setting,
@@ -101,6 +112,7 @@ def search_stage(
         supernet_sgd=optimizers.SgdSettings(section.supernet_learning_rate, momentum=0.0),
         total_steps=total_steps,
         alternation_steps=1 if section.alternation == "batch" else epoch_steps,
+        settled=settled,
     )
 
 

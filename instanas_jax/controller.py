@@ -25,8 +25,8 @@ Variables = dict[str, Any]
 # Logits start near their biases, whatever the image.
 _INITIAL_LOGIT_GAIN = 0.1
 _GRID = 4  # Patches a side, of the kind of that name.
-# Of a settled path: its probability is 1 or 0 within float32.
-_SETTLED_LOGIT = 20.0
+# Of a settled path: its probability is 1 or 0 in float32, and has no gradient.
+_SETTLED_LOGIT = 200.0
 
 
 def _segments(spec: SupernetSpec) -> tuple[tuple[int, int], ...]:

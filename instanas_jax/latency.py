@@ -63,7 +63,7 @@ class LatencyBaselines:
 
     mobilenetv2_ms: float  # Op 0 in every cell.
     max_ms: float  # Every path on.
-    min_ms: float  # The fastest op in each cell that can't be empty, identity elsewhere.
+    min_ms: float  # The fastest that can be decided; see `baselines`.
 
 
 def lookup(
@@ -116,18 +116,28 @@ def static_ms(table: LatencyTable, architecture: np.ndarray, forced_cells: np.nd
     return table.fixed_total_ms(controller=False) + float(table.settled_ms[running].sum())
 
 
-def baselines(table: LatencyTable, spec: SupernetSpec) -> LatencyBaselines:
+def baselines(
+    table: LatencyTable, spec: SupernetSpec, settled: policy.Settled | None = None
+) -> LatencyBaselines:
     """The three architectures that the bounds of the reward refer to, as static networks.
 
     Differs from the authors' program, whose smallest latency is that of op 4 in each group's
     first cell: where op 4 is not the fastest op, as in narrow networks on CPUs, that is no lower
     bound, and the falling upper bound may pass under it.
+
+    Args:
+      settled: what is not left to decide; by default nothing. The fastest architecture is what is
+        settled to run, and of a cell that can't be empty otherwise the fastest op.
     """
+    settled = settled or policy.Settled.nothing(spec.mask_shape)
+    always_ms = np.sum(table.settled_ms * settled.on, axis=-1)
+    fastest_ms = np.where(settled.may_run(spec.forced_cells), table.settled_ms, np.inf).min(axis=-1)
+    left_open = spec.forced_cells & ~settled.on.any(axis=-1)
     mobilenetv2 = uniform_architecture(spec, MOBILENETV2_OP)
     return LatencyBaselines(
         mobilenetv2_ms=float(lookup(table.settled_ms, mobilenetv2, spec.forced_cells)),
         max_ms=float(table.settled_ms.sum()),
-        min_ms=float(table.settled_ms[spec.forced_cells].min(axis=-1).sum()),
+        min_ms=float(always_ms.sum() + fastest_ms[left_open].sum()),
     )
 
 

@@ -10,6 +10,7 @@ Source: InstaNAS (arXiv 1811.10201), section 4.1; MBConv is MobileNetV2's invert
 """
 
 import itertools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,14 @@ def _ranges(cell: CellSpec, ops: tuple[int, ...]) -> dict[int, tuple[int, int]]:
     stops = list(itertools.accumulate(_hidden(cell, op) for op in ops))
     starts = [0, *stops[:-1]]
     return {op: (start, stop) for op, start, stop in zip(ops, starts, stops, strict=True)}
+
+
+def _groups(enabled: tuple[int, ...]) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+    """Of the enabled MBConv ops: a kernel size, those that have it, and all ops that have it."""
+    groups = [
+        (kernel, tuple(op for op in group if op in enabled), group) for kernel, group in _KERNELS
+    ]
+    return [(kernel, running, group) for kernel, running, group in groups if running]
 
 
 def _kept(cell: CellSpec, ops: tuple[int, ...], running: tuple[int, ...]) -> layers.Kept:
@@ -104,18 +113,14 @@ class Cell(nn.Module):
 
     def _mbconvs(self, x: jax.Array) -> dict[int, jax.Array]:
         """The enabled MBConv ops' outputs, without their residual."""
-        cell, enabled = self.cell, [op for op in MBCONV_OPS if op in self.enabled]
+        cell, enabled = self.cell, tuple(op for op in MBCONV_OPS if op in self.enabled)
         if not enabled:
             return {}
-        groups = [
-            (kernel, running, group)
-            for kernel, group in _KERNELS
-            if (running := tuple(op for op in group if op in enabled))
-        ]
+        groups = _groups(enabled)
         expanded = ConvBatchNorm(
             "pointwise",
             _width(cell, MBCONV_OPS),
-            kept=_kept(cell, MBCONV_OPS, tuple(enabled)),
+            kept=_kept(cell, MBCONV_OPS, enabled),
             parts=tuple(_width(cell, running) for _, running, _ in groups),
             name="expand",
             **self._common(),
@@ -199,8 +204,9 @@ def apply_cell(
     *,
     join: Join,
     lowering: convolution.Lowering,
+    enabled: tuple[int, ...] = ALL_OPS,
 ) -> jax.Array:
-    """One cell in evaluation mode, every path computed.
+    """One cell in evaluation mode, every enabled path computed.
 
     Each path is projected by itself and selected. One product over all hidden channels, zeroed
     where a path is off, would be slower and let a NaN in an unchosen projection out (0 x NaN).
@@ -211,42 +217,58 @@ def apply_cell(
       mask: [R * B, O], the empty-cell rule applied: one for each image, then a second for each and
         so on. Paths run once, however many masks select among them.
       identity: [R * B], 1 where the cell is passed through.
+      enabled: ops that masks may hold, in order.
 
     Returns:
       [R * B, S', S', C_out].
     """
     repeats = mask.shape[0] // x.shape[0]
-    hidden = conv_bias(x, folded["expand"], kind="pointwise", lowering=lowering)
-    ranges = _ranges(cell, MBCONV_OPS)
-    total = _pass_through(cell, _repeat(x, repeats), mask, identity)
-    for kernel, group in _KERNELS:
-        first, last = ranges[group[0]][0], ranges[group[-1]][1]
+    total = jnp.asarray(_pass_through(cell, _repeat(x, repeats), mask, identity))
+    for op, y in _apply_mbconvs(cell, folded, x, enabled, lowering=lowering):
+        total = total + _selected(y, mask[:, op], repeats)
+    if BASIC_OP in enabled:
+        weights = op_weights(cell, folded, BASIC_OP)
+        basic = apply_op(cell, CANDIDATE_OPS[BASIC_OP], weights, x, lowering=lowering)
+        total = total + _selected(basic, mask[:, BASIC_OP], repeats)
+    return _joined(total, mask, join)
+
+
+def _apply_mbconvs(
+    cell: CellSpec,
+    folded: Folded,
+    x: jax.Array,
+    enabled: tuple[int, ...],
+    *,
+    lowering: convolution.Lowering,
+) -> Iterator[tuple[int, jax.Array]]:
+    """The enabled MBConv ops and their outputs, without their residual."""
+    mbconvs = tuple(op for op in MBCONV_OPS if op in enabled)
+    if not mbconvs:
+        return
+    expand = _cut(folded["expand"], _kept(cell, MBCONV_OPS, mbconvs))
+    hidden = conv_bias(x, expand, kind="pointwise", lowering=lowering)
+    ranges = _ranges(cell, mbconvs)
+    for kernel, running, group in _groups(mbconvs):
+        first, last = ranges[running[0]][0], ranges[running[-1]][1]
         block = conv_bias(
             hidden[..., first:last],
-            folded[f"depthwise_k{kernel}"],
+            _cut(folded[f"depthwise_k{kernel}"], _kept(cell, group, running)),
             kind="depthwise",
             stride=cell.stride,
             lowering=lowering,
         )
-        for op in group:
+        for op in running:
             start, stop = ranges[op]
-            y = conv_bias(
-                block[..., start - first : stop - first],
-                folded[_project_name(op)],
-                kind="pointwise",
-                activation="none",
-                lowering=lowering,
+            yield (
+                op,
+                conv_bias(
+                    block[..., start - first : stop - first],
+                    folded[_project_name(op)],
+                    kind="pointwise",
+                    activation="none",
+                    lowering=lowering,
+                ),
             )
-            total = total + _selected(y, mask[:, op], repeats)
-    basic = apply_op(
-        cell,
-        CANDIDATE_OPS[BASIC_OP],
-        op_weights(cell, folded, BASIC_OP),
-        x,
-        lowering=lowering,
-    )
-    total = total + _selected(basic, mask[:, BASIC_OP], repeats)
-    return _joined(total, mask, join)
 
 
 def _repeat(x: jax.Array, repeats: int) -> jax.Array:
@@ -264,14 +286,14 @@ def op_weights(cell: CellSpec, folded: Folded, op: int) -> Folded:
         return {"first": folded["basic_first"], "second": folded["basic_second"]}
     kernel, group = next(pair for pair in _KERNELS if op in pair[1])
     return {
-        "expand": _cut(folded["expand"], _ranges(cell, MBCONV_OPS)[op]),
-        "depthwise": _cut(folded[f"depthwise_k{kernel}"], _ranges(cell, group)[op]),
+        "expand": _cut(folded["expand"], _kept(cell, MBCONV_OPS, (op,))),
+        "depthwise": _cut(folded[f"depthwise_k{kernel}"], _kept(cell, group, (op,))),
         "project": folded[_project_name(op)],
     }
 
 
-def _cut(folded: Folded, channels: tuple[int, int]) -> Folded:
-    return {name: layers.keep(array, (channels,)) for name, array in folded.items()}
+def _cut(folded: Folded, kept: layers.Kept) -> Folded:
+    return {name: layers.keep(array, kept) for name, array in folded.items()}
 
 
 def apply_op(

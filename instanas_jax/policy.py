@@ -19,11 +19,14 @@ from instanas_jax.errors import InputError
 from instanas_jax.search_space import CANDIDATE_OPS, FORCED_OP, NUM_OPS, OpSpec
 
 EntropyKind = Literal["one_sided", "binary"]
+Bounding = float | np.ndarray  # The paper's alpha, of all paths or [L, O].
 
 _TINY = float(np.finfo(np.float32).tiny)
 
 
-def log_probabilities(policy_logits: jax.Array, *, bounding: float) -> tuple[jax.Array, jax.Array]:
+def log_probabilities(
+    policy_logits: jax.Array, *, bounding: Bounding
+) -> tuple[jax.Array, jax.Array]:
     """Logarithms of p' and 1 - p', where p' = a p + (1 - a)(1 - p) and p = sigmoid(logit).
 
     Bounding keeps exploring: with a = 0.8, p' stays in [0.2, 0.8]. Worked in log space so that
@@ -31,21 +34,21 @@ def log_probabilities(policy_logits: jax.Array, *, bounding: float) -> tuple[jax
 
     Args:
       policy_logits: [..., L, O].
-      bounding: the paper's alpha, in [0.5, 1].
+      bounding: the paper's alpha, in [0.5, 1]; [L, O] where paths differ (`Settled.bounding`).
 
     Returns:
       Two arrays [..., L, O].
     """
     log_on = jax.nn.log_sigmoid(policy_logits)
     log_off = jax.nn.log_sigmoid(-policy_logits)
-    log_keep = np.log(bounding)
-    log_swap = np.log1p(-bounding) if bounding < 1.0 else -np.inf
+    with np.errstate(divide="ignore"):  # Where nothing is bounded, log 0.
+        log_keep, log_swap = np.log(bounding), np.log1p(-np.asarray(bounding))
     log_p = jnp.logaddexp(log_keep + log_on, log_swap + log_off)
     log_q = jnp.logaddexp(log_keep + log_off, log_swap + log_on)
     return log_p, log_q
 
 
-def sample(keys: jax.Array, policy_logits: jax.Array, *, bounding: float) -> jax.Array:
+def sample(keys: jax.Array, policy_logits: jax.Array, *, bounding: Bounding) -> jax.Array:
     """One mask an image, Bernoulli(p') for every path.
 
     Args:
@@ -80,7 +83,7 @@ def random_thresholds(keys: jax.Array, spread: float) -> jax.Array:
     return spread * uniform
 
 
-def log_prob(mask: jax.Array, policy_logits: jax.Array, *, bounding: float) -> jax.Array:
+def log_prob(mask: jax.Array, policy_logits: jax.Array, *, bounding: Bounding) -> jax.Array:
     """Log probability of each image's mask [B, L, O] under the bounded policy; [B], nats."""
     chex.assert_equal_shape([mask, policy_logits])
     log_p, log_q = log_probabilities(policy_logits, bounding=bounding)
@@ -88,7 +91,7 @@ def log_prob(mask: jax.Array, policy_logits: jax.Array, *, bounding: float) -> j
 
 
 def entropy(
-    policy_logits: jax.Array, *, bounding: float, kind: EntropyKind = "binary"
+    policy_logits: jax.Array, *, bounding: Bounding, kind: EntropyKind = "binary"
 ) -> jax.Array:
     """Entropy of the bounded policy summed over cells and ops; [B], nats.
 
@@ -118,7 +121,7 @@ def depth_information(
     policy_logits: jax.Array,
     forced_cells: np.ndarray,
     *,
-    bounding: float,
+    bounding: Bounding,
     axis_name: str | None = None,
 ) -> jax.Array:
     """What the image says about which cells run, summed over cells; scalar, nats.
@@ -136,9 +139,9 @@ def depth_information(
     """
     chex.assert_rank(policy_logits, 3)
     chex.assert_axis_dimension(policy_logits, 1, len(forced_cells))
-    optional = policy_logits[:, np.flatnonzero(~np.asarray(forced_cells))]
-    _, log_off = log_probabilities(optional, bounding=bounding)
-    empty = jnp.exp(jnp.sum(log_off, axis=-1))
+    optional = np.flatnonzero(~np.asarray(forced_cells))
+    _, log_off = log_probabilities(policy_logits, bounding=bounding)
+    empty = jnp.exp(jnp.sum(log_off[:, optional], axis=-1))
     mean = functools.partial(mean_over_batch, axis=0, axis_name=axis_name)
     return jnp.sum(_bit_entropy(mean(empty)) - mean(_bit_entropy(empty)))
 
@@ -253,6 +256,12 @@ class Settled:
     def everything(self) -> bool:
         """Whether there is one architecture left."""
         return bool((self.on | self.off).all())
+
+    def bounding(self, bounding: float) -> Bounding:
+        """The paper's alpha for paths that are left to explore, 1 for those that are settled;
+        [L, O], or as it was where nothing is settled."""
+        constant = self.on | self.off
+        return np.where(constant, 1.0, bounding) if constant.any() else bounding
 
     @property
     def undecided_cells(self) -> np.ndarray:

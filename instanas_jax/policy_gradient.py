@@ -65,7 +65,7 @@ def reinforce_loss(
     mask: jax.Array,
     advantage: jax.Array,
     *,
-    bounding: float,
+    bounding: policy.Bounding,
     entropy_weight: float,
     entropy_kind: policy.EntropyKind = "one_sided",
 ) -> jax.Array:

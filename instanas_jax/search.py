@@ -37,6 +37,7 @@ from instanas_jax.stage import (
     supernet_inputs,
     supernet_update,
     train_network,
+    updated_paths,
 )
 from instanas_jax.train_state import TrainState
 
@@ -69,6 +70,7 @@ def search(
     supernet_sgd: optimizers.SgdSettings,
     total_steps: int,
     alternation_steps: int,
+    settled: policy.Settled | None = None,
 ) -> Stage:
     """Alternates controller updates (REINFORCE) with supernet updates under sampled masks.
 
@@ -77,8 +79,15 @@ def search(
       controller_rate: Adam's learning rate after so many updates of either phase.
       total_steps: of both phases together.
       alternation_steps: updates before the phase changes: an epoch's, or 1.
+      settled: what is not searched: decisions that the state's controller gives to every image
+        (`controller.settle`). They stay as they are, and what never runs is not computed. By
+        default nothing.
     """
     spec = setting.spec
+    if settled is None:
+        settled = policy.Settled.nothing(spec.mask_shape)
+    bounding = settled.bounding(reward.bounding)
+    paths = settled.may_run(spec.forced_cells)
     supernet_rate = optimizers.learning_rate_schedule(
         supernet_sgd.schedule, learning_rate=supernet_sgd.learning_rate, total_steps=total_steps
     )
@@ -126,11 +135,17 @@ def search(
                 dtype=setting.dtype,
                 axis_name=setting.axis_name,
             )
-            sampled = _sample_masks(draws, policy_logits, reward)
+            sampled = _sample_masks(draws, policy_logits, bounding=bounding, samples=reward.samples)
             # One pass under all masks: the sampled ones first, then the greedy ones.
             masks = lax.stop_gradient(jnp.concatenate([sampled, policy.greedy(policy_logits)]))
             class_logits = supernet.apply_eval(
-                spec, frozen_supernet, images, masks, lowering=setting.lowering, dtype=setting.dtype
+                spec,
+                frozen_supernet,
+                images,
+                masks,
+                lowering=setting.lowering,
+                dtype=setting.dtype,
+                paths=paths,
             )
             totals, latency_ms, correct = reward_of(
                 class_logits, jnp.concatenate([labels] * (reward.samples + 1)), masks, state.step
@@ -143,14 +158,14 @@ def search(
                 jnp.concatenate([policy_logits] * reward.samples),
                 sampled,
                 advantage,
-                bounding=reward.bounding,
+                bounding=bounding,
                 entropy_weight=reward.entropy_weight,
                 entropy_kind=reward.entropy_kind,
             )
             diversity = policy.depth_information(
                 policy_logits,
                 spec.forced_cells,
-                bounding=reward.bounding,
+                bounding=bounding,
                 axis_name=setting.axis_name,
             )
             loss -= reward.diversity_weight * diversity
@@ -164,9 +179,7 @@ def search(
                 "greedy_accuracy": jnp.mean(greedy_correct),
                 "sampled_latency_ms": jnp.mean(sampled_latency),
                 "greedy_latency_ms": jnp.mean(greedy_latency),
-                "policy_entropy_nats": jnp.mean(
-                    policy.entropy(policy_logits, bounding=reward.bounding)
-                ),
+                "policy_entropy_nats": jnp.mean(policy.entropy(policy_logits, bounding=bounding)),
                 "depth_information_nats": diversity,
             }
             return loss, (moments, metrics)
@@ -188,7 +201,7 @@ def search(
         draws = draw_keys(setting, "search", state.step, labels.shape[0])
         images = augmented(setting, draws, batch)
         policy_logits = policy_logits_of(setting, state, images)
-        masks = policy.sample(draws.mask, policy_logits, bounding=reward.bounding)
+        masks = policy.sample(draws.mask, policy_logits, bounding=bounding)
         # The policy of one image trains the weights on another, which keeps them of use to
         # many masks (facts of the authors' program).
         masks = _shuffle_over_batch(setting, draws.batch, masks)
@@ -198,7 +211,7 @@ def search(
 
     phases = (
         Phase("controller", controller_prepare, controller_update),
-        Phase("supernet", supernet_prepare, supernet_update(setting)),
+        Phase("supernet", supernet_prepare, supernet_update(setting, updated_paths(paths))),
     )
     return Stage("search", phases, lambda step: (step // alternation_steps) % 2)
 
@@ -218,16 +231,18 @@ def _advantage(
     return policy_gradient.standardise(advantage, axis_name=setting.axis_name)
 
 
-def _sample_masks(draws: Draws, policy_logits: jax.Array, reward: RewardSettings) -> jax.Array:
+def _sample_masks(
+    draws: Draws, policy_logits: jax.Array, *, bounding: policy.Bounding, samples: int
+) -> jax.Array:
     """Masks [samples * B, L, O]: one of each image, then the next of each."""
 
     def sample(keys: jax.Array) -> jax.Array:
-        return policy.sample(keys, policy_logits, bounding=reward.bounding)
+        return policy.sample(keys, policy_logits, bounding=bounding)
 
-    if reward.samples == 1:
+    if samples == 1:
         return sample(draws.mask)
     fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-    return jnp.concatenate([sample(fold_in(draws.mask, index)) for index in range(reward.samples)])
+    return jnp.concatenate([sample(fold_in(draws.mask, index)) for index in range(samples)])
 
 
 def _shuffle_over_batch(setting: Setting, key: jax.Array, masks: jax.Array) -> jax.Array:

@@ -168,6 +168,11 @@ def supernet_inputs(
     }
 
 
+def updated_paths(paths: np.ndarray) -> tuple[tuple[bool, ...], ...] | None:
+    """Paths [L, O] in the form of `supernet_update`; None for all, the program of all stages."""
+    return None if paths.all() else tuple(tuple(row) for row in paths.tolist())
+
+
 # A setting's update is one function object, by which compiled programs are found again.
 @functools.lru_cache(maxsize=32)
 def supernet_update(

@@ -19,6 +19,7 @@ from instanas_jax.stage import (
     policy_logits_of,
     supernet_inputs,
     supernet_update,
+    updated_paths,
 )
 from instanas_jax.train_state import TrainState
 
@@ -101,7 +102,5 @@ def finetune(
             mask = policy.greedy(policy_logits)
         return supernet_inputs(images, labels, mask, sgd=sgd, learning_rate=rate(state.step))
 
-    paths = settled.may_run(spec.forced_cells)
-    some = None if paths.all() else tuple(tuple(row) for row in paths.tolist())
-    update = supernet_update(setting, some)  # Of all paths: the other stages' program.
-    return Stage(name, (Phase("supernet", prepare, update),))
+    paths = updated_paths(settled.may_run(spec.forced_cells))
+    return Stage(name, (Phase("supernet", prepare, supernet_update(setting, paths)),))

@@ -170,6 +170,7 @@ def apply_eval(
     *,
     lowering: convolution.Lowering,
     dtype: Any = jnp.float32,
+    paths: np.ndarray | None = None,
 ) -> jax.Array:
     """Evaluation mode: running statistics, every path computed, the mask selects.
 
@@ -181,6 +182,7 @@ def apply_eval(
       folded: `fold(variables)`.
       images: normalised [B, H, W, 3].
       mask: [R * B, L, O]: one for each image, then a second for each and so on.
+      paths: see `apply_train`.
 
     Returns:
       class_logits [R * B, K] float32, in the order of the masks.
@@ -190,6 +192,7 @@ def apply_eval(
     if mask.shape[0] % images.shape[0]:
         raise ValueError(f"{mask.shape[0]} masks for {images.shape[0]} images")
     resolved, identity = policy.resolve_empty_cells(mask, spec.forced_cells)
+    enabled = _enabled_by(spec, paths)
     x = apply_stem(spec, folded, images.astype(dtype), lowering=lowering)
     for index, cell in enumerate(spec.cells):
         x = ops.apply_cell(
@@ -200,5 +203,6 @@ def apply_eval(
             identity[:, index],
             join=spec.join,
             lowering=lowering,
+            enabled=enabled[index],
         )
     return apply_head(folded, x, lowering=lowering)

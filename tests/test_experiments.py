@@ -1,5 +1,6 @@
 """The programs that users run: every shipped flagfile, resuming, and mistakes."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -34,6 +35,7 @@ from instanas_jax import (
     environment,
     metrics,
     parallel,
+    search_space,
     train_state,
 )
 from instanas_jax.augment import Augmentation
@@ -282,6 +284,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
         ("--pretrain_batch_size=0", "--pretrain_batch_size=0"),
         ("--pretrain_schedule=fast", "--pretrain_schedule=fast"),
         ("--search_advantage=leave_one_out", "--search_samples of 2 or more, not 1"),
+        ("--search_scope=depth", "name it by --search_start_op"),
         ("--controller=large", "--controller=large: choose one of"),
         ("--static_ops=conv9", "unknown op 'conv9'"),
         ("--static_ops=", "--static_ops is empty"),
@@ -381,3 +384,15 @@ def test_the_search_starts_where_the_flags_say(tmp_path):
     start = recipe.policy_start(config.model.spec(num_classes=10), config.search)
     np.testing.assert_allclose(start[:, 3], 0.6)
     np.testing.assert_allclose(np.delete(start, 3, axis=1), 0.2)
+
+
+def test_a_search_of_depth_settles_all_but_where_its_op_runs():
+    config = Config("synthetic")
+    spec = config.model.spec(num_classes=10)
+    section = dataclasses.replace(config.search, scope="depth", start_op="mbconv_k5_e6")
+    settled = recipe.search_settled(spec, section)
+    op = search_space.op_index("mbconv_k5_e6")
+    assert settled.off[:, np.arange(5) != op].all() and not settled.off[:, op].any()
+    np.testing.assert_array_equal(settled.on[:, op], spec.forced_cells)
+    everything = recipe.search_settled(spec, config.search)
+    assert not (everything.on | everything.off).any()

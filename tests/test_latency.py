@@ -48,6 +48,15 @@ def test_baselines_are_op_0_all_and_the_fastest():
     assert bounds.min_ms == 1 + 6 + 16  # The fastest op of the cells that can't be empty.
 
 
+def test_the_fastest_runs_what_is_settled_to_run():
+    """Cell 0 runs ops 1 and 2, cell 1 may choose from op 2 on, cell 2 always runs op 4."""
+    settled = policy.Settled.nothing(SPEC.mask_shape)
+    settled.on[0, [1, 2]] = settled.off[1, :2] = settled.on[2, 4] = True
+    bounds = latency.baselines(make_table(), SPEC, settled)
+    assert bounds.min_ms == (2 + 3) + 8 + 15 + 16
+    assert bounds.mobilenetv2_ms == latency.baselines(make_table(), SPEC).mobilenetv2_ms
+
+
 def test_bounds_are_of_static_networks():
     in_network_ms = dict.fromkeys(latency.IN_NETWORK, 9.0)
     table = make_table(in_network_ms=in_network_ms, cells_ms=np.full((4, 5), 99.0))

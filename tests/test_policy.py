@@ -75,6 +75,35 @@ class LogProbabilitiesTest(chex.TestCase):
         slope = jax.grad(lambda x: policy.log_prob(jnp.ones_like(x), x, bounding=1.0).sum())
         np.testing.assert_allclose(slope(logits)[0, 0, [0, 3, 6]], [1.0, 0.5, 0.0], atol=1e-7)
 
+    def test_what_is_settled_is_not_explored_and_has_no_gradient(self):
+        """Logits of 200 without bounds beside others within: neither sees the other."""
+        on, off = np.zeros((2, 2, 2), bool)
+        on[0, 0] = off[1, 1] = True
+        settled = policy.Settled(on, off)
+        bounding = settled.bounding(0.8)
+        free = jnp.array([[[0.0, 0.3], [-0.7, 0.0]]])
+        logits = free + 200.0 * on - 200.0 * off
+        keys = jax.random.split(jax.random.key(0), 64)
+        every = jnp.broadcast_to(logits, (64, 2, 2))
+        masks = np.asarray(policy.sample(keys, every, bounding=bounding))
+        assert (masks[:, on] == 1).all() and (masks[:, off] == 0).all()
+        undecided = ~(on | off)
+        assert 0.0 < masks[:, undecided].mean() < 1.0
+
+        def score(x, bounding):
+            log_prob = policy.log_prob(masks[:1], x, bounding=bounding)
+            return jnp.sum(log_prob + policy.entropy(x, bounding=bounding))
+
+        value, slope = jax.value_and_grad(score)(logits, bounding)
+        assert (slope[:, on | off] == 0.0).all()
+        alone = jax.grad(score)(free, 0.8)
+        np.testing.assert_allclose(slope[:, undecided], alone[:, undecided], rtol=1e-5)
+        left = np.asarray(free)[:, undecided][:, None]
+        parts = numpy_log_prob(masks[:1, undecided][:, None], left, 0.8)
+        entropies = policy.entropy(jnp.asarray(left), bounding=0.8)
+        np.testing.assert_allclose(value, parts.sum() + entropies.sum(), rtol=1e-5)
+        assert policy.Settled.nothing((2, 2)).bounding(0.8) == 0.8
+
     @settings(max_examples=50, deadline=None)
     @given(
         hnp.arrays(np.float32, (4,), elements=st.floats(-50, 50, width=32)), st.floats(0.5, 0.999)

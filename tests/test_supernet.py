@@ -319,6 +319,21 @@ class TestModes:
         with pytest.raises(ValueError, match="6 masks for 4 images"):
             evaluate(variables(), images(), masks[:6])
 
+    def test_paths_that_no_mask_holds_are_not_computed(self):
+        """Op 1 alone, then 0 and 3, then nothing or 4, then 2."""
+        paths = np.zeros((4, 5), bool)
+        paths[[0, 1, 1, 2, 3], [1, 0, 3, 4, 2]] = True
+
+        folded = supernet.fold(variables())
+        run = functools.partial(supernet.apply_eval, SPEC, folded, images(), lowering="shifted")
+        some, every = jax.jit(functools.partial(run, paths=paths)), jax.jit(run)
+        masks = np.concatenate([random_masks(seed) for seed in range(2)]) * paths
+        masks[:, [0, 3], [1, 2]] = masks[:, 1, 0] = 1.0  # Or the empty-cell rule runs another.
+        assert len(np.unique(masks, axis=0)) > 2
+        assert relative_error(some(masks), every(masks)) < 1e-5
+        few, many = (f.lower(masks).cost_analysis()["flops"] for f in (some, every))
+        assert few < many / 2
+
     def test_computing_cells_again_changes_no_value(self):
         """XLA for CPUs finds the repeated part and drops it, so memory can't be looked at here."""
 

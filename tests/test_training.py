@@ -12,6 +12,7 @@ from instanas_jax import (
     augment,
     controller,
     data_sources,
+    latency,
     optimizers,
     parallel,
     policy,
@@ -76,6 +77,7 @@ def make_stage(name: str, axis_name: str | None):
             supernet_sgd=sgd,
             total_steps=4,
             alternation_steps=1,
+            settled=some_settled() if name == "search_settled" else None,
         )
     settled = {
         "static": policy.Settled.architecture(uniform_architecture(SPEC, 0)),
@@ -110,6 +112,19 @@ def divided_state():
 
 
 @functools.cache
+def settled_state():
+    """As `fresh_state`, with a controller that has settled `some_settled`."""
+    state = fresh_state()
+    return state.replace(controller=controller.settle(state.controller, some_settled()))
+
+
+def start_of(name: str):
+    if "divided" in name:
+        return divided_state()
+    return settled_state() if name == "search_settled" else fresh_state()
+
+
+@functools.cache
 def compile_for(function, devices: int):
     return jax.pmap(function, axis_name=parallel.AXIS_NAME, devices=jax.devices()[:devices])
 
@@ -133,7 +148,7 @@ def train(name: str, *, devices: int):
 
     state = jax.tree.map(
         lambda leaf: np.broadcast_to(leaf, (devices, *np.shape(leaf))),
-        train_state.ravel(divided_state() if "divided" in name else fresh_state()),
+        train_state.ravel(start_of(name)),
     )
     history = []
     batches = data_lib.train_batches(IMAGES, batch_size=BATCH, seed=1, num_steps=4)
@@ -241,6 +256,26 @@ def test_settled_decisions_change_what_is_computed_and_nothing_else():
     )
     np.testing.assert_array_equal(after_few, before)
     assert not np.array_equal(after_all, before)
+
+
+def test_a_search_leaves_what_is_settled_as_it_is():
+    settled = some_settled()
+    constant = settled.on | settled.off
+    (_, metrics), *_, (last, _) = train("search_settled", devices=1)
+    before = settled_state().controller["params"]["logits"]
+    after = first_replica(last).controller["params"]["logits"]
+    for name in ("kernel", "bias"):
+        changed = (after[name] != before[name]).reshape(-1, *SPEC.mask_shape)
+        assert not changed[:, constant].any() and changed[:, ~constant].all(axis=0).any()
+    found = controller.settled(SPEC, first_replica(last).controller)
+    np.testing.assert_array_equal(found.on, settled.on)
+    np.testing.assert_array_equal(found.off, settled.off)
+    # No sample goes beyond it, as those of a bounded policy would.
+    least, most = (
+        latency.lookup(CELLS_MS, mask.astype(np.float32), SPEC.forced_cells)
+        for mask in (settled.on, ~settled.off)
+    )
+    assert least < metrics["sampled_latency_ms"][0] < most
 
 
 def test_finetuning_over_thresholds_draws_one_an_image():
