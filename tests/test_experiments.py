@@ -284,7 +284,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
         ("--pretrain_batch_size=0", "--pretrain_batch_size=0"),
         ("--pretrain_schedule=fast", "--pretrain_schedule=fast"),
         ("--search_advantage=leave_one_out", "--search_samples of 2 or more, not 1"),
-        ("--search_scope=depth", "name it by --search_start_op"),
+        ("--search_scope=optional", "name it by --search_start_op"),
         ("--controller=large", "--controller=large: choose one of"),
         ("--static_ops=conv9", "unknown op 'conv9'"),
         ("--static_ops=", "--static_ops is empty"),
@@ -386,13 +386,14 @@ def test_the_search_starts_where_the_flags_say(tmp_path):
     np.testing.assert_allclose(np.delete(start, 3, axis=1), 0.2)
 
 
-def test_a_search_of_depth_settles_all_but_where_its_op_runs():
+def test_a_search_of_optional_cells_settles_the_others():
     config = Config("synthetic")
     spec = config.model.spec(num_classes=10)
-    section = dataclasses.replace(config.search, scope="depth", start_op="mbconv_k5_e6")
+    section = dataclasses.replace(config.search, scope="optional", start_op="mbconv_k5_e6")
     settled = recipe.search_settled(spec, section)
-    op = search_space.op_index("mbconv_k5_e6")
-    assert settled.off[:, np.arange(5) != op].all() and not settled.off[:, op].any()
-    np.testing.assert_array_equal(settled.on[:, op], spec.forced_cells)
+    expected = np.zeros(spec.mask_shape, bool)
+    expected[spec.forced_cells, search_space.op_index("mbconv_k5_e6")] = True
+    np.testing.assert_array_equal(settled.on, expected)
+    np.testing.assert_array_equal(settled.undecided_cells, ~spec.forced_cells)
     everything = recipe.search_settled(spec, config.search)
-    assert not (everything.on | everything.off).any()
+    assert everything.undecided_cells.all()
