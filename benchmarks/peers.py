@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from instanas_jax import ops, skipping, supernet
+from instanas_jax import channels, skipping, supernet
 from instanas_jax.policy import Settled
 from instanas_jax.search_space import CANDIDATE_OPS, CellSpec, SupernetSpec
 
@@ -82,7 +82,7 @@ def subnet(spec: SupernetSpec, variables: dict[str, Any], architecture: np.ndarr
 
 
 def _path(cell: CellSpec, op: int, weights: dict[str, Any]) -> Path:
-    if op == ops.BASIC_OP:
+    if op == channels.BASIC_OP:
         first = _conv(weights["first"], stride=cell.stride)
         return Path((first, _conv(weights["second"], activation="relu6")), adds_input=False)
     hidden = cell.in_channels * CANDIDATE_OPS[op].expansion

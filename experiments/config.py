@@ -148,8 +148,8 @@ class SearchConfig:
     )
     scope: str = setting(
         "all",
-        "What the policy decides: all cells, as published; or optional ones. Cells that can't be "
-        "empty then run --search_start_op for every image.",
+        "Which cells the policy decides: all, as published; or optional, those that may be empty; "
+        "the others then run --search_start_op for every image.",
         choices=("all", "optional"),
     )
     supernet_learning_rate: float = setting(5e-4, "Rate of plain SGD.", minimum=0.0)
@@ -195,8 +195,8 @@ class FinetuneConfig:
     epochs: float = setting(300.0, "Passes over the images, for each variant.", minimum=0.0)
     start: str = setting(
         "search",
-        "Weights that variants start from: the search's, as published, or those of the pretrained "
-        "supernet, as static baselines do.",
+        "Weights that variants start from: the search's, as published, or the pretrained ones, as "
+        "static baselines do; these then train no longer than variants.",
         choices=("search", "pretrain"),
     )
     batch_size: int = setting(256, "Images an update, over all devices.", minimum=1)

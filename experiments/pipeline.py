@@ -147,14 +147,11 @@ class Pipeline:
         return self._finetune(self.planner.static(name, architecture), pretrained).state
 
     def _fresh(self) -> TrainState:
-        section = self.config.search
-        state = train_state.create(
+        return train_state.create(
             jax.random.key(self.config.run.seed),
             self.spec,
-            policy_start=recipe.policy_start(self.spec, section),
+            policy_start=recipe.policy_start(self.spec, self.config.search),
         )
-        settled = recipe.search_settled(self.spec, section)
-        return dataclasses.replace(state, controller=controller.settle(state.controller, settled))
 
     def _check_batches(self) -> None:
         for name in ("pretrain", "search", "finetune"):
@@ -236,9 +233,13 @@ class Pipeline:
         """Snapshots by the names of the variants that they become."""
         count = min(self.config.run.variants, plan.total_steps)
         keep_steps = tuple(plan.total_steps * (index + 1) // count for index in range(count))
+        settled = recipe.search_settled(self.spec, self.config.search)
+        start = dataclasses.replace(
+            pretrained, controller=controller.settle(pretrained.controller, settled)
+        )
         _, seconds = self._run_stage(
             plan,
-            pretrained,
+            start,
             validate=lambda state, step: self._validate(state, None),
             keep_steps=keep_steps,
         )

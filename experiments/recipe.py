@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from experiments.config import Config, FinetuneConfig, PretrainConfig, SearchConfig
 from instanas_jax import (
@@ -87,14 +88,25 @@ def search_stage(
     """Bounds of the reward in milliseconds of this table."""
     settled = search_settled(setting.spec, section)
     bounds = latency.baselines(table, setting.spec, settled)
+    upper_start_ms = section.upper_bound_start * bounds.max_ms
+    upper_end_ms = section.upper_bound_end * bounds.mobilenetv2_ms
+    if min(upper_start_ms, upper_end_ms) <= bounds.min_ms:
+        logging.warning(
+            "the reward's latency bound falls from %.3f to %.3f ms, but no architecture of this "
+            "search takes less than %.3f ms, so that none is rewarded: raise "
+            "--search_upper_bound_start or --search_upper_bound_end",
+            upper_start_ms,
+            upper_end_ms,
+            bounds.min_ms,
+        )
     decay_steps = round(section.controller_decay_epochs * epoch_steps)
     return search.search(
         setting,
         cells_ms=table.settled_ms,
         reward=search.RewardSettings(
             lower_ms=bounds.min_ms,
-            upper_start_ms=section.upper_bound_start * bounds.max_ms,
-            upper_end_ms=section.upper_bound_end * bounds.mobilenetv2_ms,
+            upper_start_ms=upper_start_ms,
+            upper_end_ms=upper_end_ms,
             task=section.task_reward,  # pyright: ignore[reportArgumentType]
             positive_weight=section.positive_weight,
             negative_weight=section.negative_weight,

@@ -63,7 +63,7 @@ class LatencyBaselines:
 
     mobilenetv2_ms: float  # Op 0 in every cell.
     max_ms: float  # Every path on.
-    min_ms: float  # The fastest that can be decided; see `baselines`.
+    min_ms: float  # The fastest architecture that is left open; see `baselines`.
 
 
 def lookup(

@@ -9,7 +9,6 @@ Source: InstaNAS (arXiv 1811.10201), section 4.1; MBConv is MobileNetV2's invert
 (arXiv 1801.04381, section 3.3).
 """
 
-import itertools
 from collections.abc import Iterator
 
 import jax
@@ -17,55 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from instanas_jax import convolution, fusion, layers
+from instanas_jax import channels, convolution, fusion, layers
+from instanas_jax.channels import ALL_OPS, BASIC_OP, MBCONV_OPS
 from instanas_jax.layers import ConvBatchNorm, Folded, conv_bias
 from instanas_jax.search_space import CANDIDATE_OPS, CellSpec, Join, OpSpec
-
-ALL_OPS = tuple(range(len(CANDIDATE_OPS)))
-MBCONV_OPS = tuple(index for index in ALL_OPS if not CANDIDATE_OPS[index].is_basic)
-BASIC_OP = next(index for index in ALL_OPS if CANDIDATE_OPS[index].is_basic)
-# `CANDIDATE_OPS` lists ops of one kernel size together, so each size is one range of channels.
-_KERNELS = tuple(
-    (kernel, tuple(group))
-    for kernel, group in itertools.groupby(MBCONV_OPS, lambda op: CANDIDATE_OPS[op].kernel)
-)
-
-
-def _hidden(cell: CellSpec, op: int) -> int:
-    return cell.in_channels * CANDIDATE_OPS[op].expansion
-
-
-def _width(cell: CellSpec, ops: tuple[int, ...]) -> int:
-    return sum(_hidden(cell, op) for op in ops)
-
-
-def _ranges(cell: CellSpec, ops: tuple[int, ...]) -> dict[int, tuple[int, int]]:
-    """Range of channels (start, stop) of each op where `ops` lie side by side."""
-    stops = list(itertools.accumulate(_hidden(cell, op) for op in ops))
-    starts = [0, *stops[:-1]]
-    return {op: (start, stop) for op, start, stop in zip(ops, starts, stops, strict=True)}
-
-
-def _groups(enabled: tuple[int, ...]) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
-    """Of the enabled MBConv ops: a kernel size, those that have it, and all ops that have it."""
-    groups = [
-        (kernel, tuple(op for op in group if op in enabled), group) for kernel, group in _KERNELS
-    ]
-    return [(kernel, running, group) for kernel, running, group in groups if running]
-
-
-def _kept(cell: CellSpec, ops: tuple[int, ...], running: tuple[int, ...]) -> layers.Kept:
-    """The channels of some ops where `ops` lie side by side, neighbours as one range: every range
-    is cut and laid side by side anew, a small program each, in both directions."""
-    if running == ops:
-        return None
-    ranges = _ranges(cell, ops)
-    merged: list[tuple[int, int]] = []
-    for start, stop in (ranges[op] for op in running):
-        if merged and merged[-1][1] == start:
-            start = merged.pop()[0]
-        merged.append((start, stop))
-    return tuple(merged)
 
 
 def _project_name(op: int) -> str:
@@ -116,12 +70,12 @@ class Cell(nn.Module):
         cell, enabled = self.cell, tuple(op for op in MBCONV_OPS if op in self.enabled)
         if not enabled:
             return {}
-        groups = _groups(enabled)
+        groups = channels.groups(enabled)
         expanded = ConvBatchNorm(
             "pointwise",
-            _width(cell, MBCONV_OPS),
-            kept=_kept(cell, MBCONV_OPS, enabled),
-            parts=tuple(_width(cell, running) for _, running, _ in groups),
+            channels.width(cell, MBCONV_OPS),
+            kept=channels.kept(cell, MBCONV_OPS, enabled),
+            parts=tuple(channels.width(cell, running) for _, running, _ in groups),
             name="expand",
             **self._common(),
         )(x)
@@ -129,14 +83,14 @@ class Cell(nn.Module):
         for (kernel, running, group), part in zip(groups, expanded, strict=True):
             y = ConvBatchNorm(
                 "depthwise",
-                _width(cell, group),
+                channels.width(cell, group),
                 kernel,
                 cell.stride,
-                kept=_kept(cell, group, running),
+                kept=channels.kept(cell, group, running),
                 name=f"depthwise_k{kernel}",
                 **self._common(),
             )(part)
-            pieces = layers.split(y, tuple(_hidden(cell, op) for op in running))
+            pieces = layers.split(y, tuple(channels.hidden(cell, op) for op in running))
             for op, piece in zip(running, pieces, strict=True):
                 outputs[op] = ConvBatchNorm(
                     "pointwise",
@@ -149,12 +103,12 @@ class Cell(nn.Module):
 
     def _basic_conv(self, x: jax.Array) -> jax.Array:
         """Two 3x3 convolutions, the first with the cell's stride; ReLU, then ReLU6."""
-        channels = self.cell.out_channels
-        y = ConvBatchNorm(
-            "dense", channels, 3, self.cell.stride, name="basic_first", **self._common()
-        )(x)
+        cell, common = self.cell, self._common()
+        y = ConvBatchNorm("dense", cell.out_channels, 3, cell.stride, name="basic_first", **common)(
+            x
+        )
         return ConvBatchNorm(
-            "dense", channels, 3, activation="relu6", name="basic_second", **self._common()
+            "dense", cell.out_channels, 3, activation="relu6", name="basic_second", **common
         )(y)
 
 
@@ -245,14 +199,14 @@ def _apply_mbconvs(
     mbconvs = tuple(op for op in MBCONV_OPS if op in enabled)
     if not mbconvs:
         return
-    expand = _cut(folded["expand"], _kept(cell, MBCONV_OPS, mbconvs))
+    expand = _cut(folded["expand"], channels.kept(cell, MBCONV_OPS, mbconvs))
     hidden = conv_bias(x, expand, kind="pointwise", lowering=lowering)
-    ranges = _ranges(cell, mbconvs)
-    for kernel, running, group in _groups(mbconvs):
+    ranges = channels.ranges(cell, mbconvs)
+    for kernel, running, group in channels.groups(mbconvs):
         first, last = ranges[running[0]][0], ranges[running[-1]][1]
         block = conv_bias(
             hidden[..., first:last],
-            _cut(folded[f"depthwise_k{kernel}"], _kept(cell, group, running)),
+            _cut(folded[f"depthwise_k{kernel}"], channels.kept(cell, group, running)),
             kind="depthwise",
             stride=cell.stride,
             lowering=lowering,
@@ -284,10 +238,10 @@ def op_weights(cell: CellSpec, folded: Folded, op: int) -> Folded:
     """One path's own folded weights, cut out of its cell's: what `apply_op` runs."""
     if op == BASIC_OP:
         return {"first": folded["basic_first"], "second": folded["basic_second"]}
-    kernel, group = next(pair for pair in _KERNELS if op in pair[1])
+    ((kernel, _, group),) = channels.groups((op,))
     return {
-        "expand": _cut(folded["expand"], _kept(cell, MBCONV_OPS, (op,))),
-        "depthwise": _cut(folded[f"depthwise_k{kernel}"], _kept(cell, group, (op,))),
+        "expand": _cut(folded["expand"], channels.kept(cell, MBCONV_OPS, (op,))),
+        "depthwise": _cut(folded[f"depthwise_k{kernel}"], channels.kept(cell, group, (op,))),
         "project": folded[_project_name(op)],
     }
 

@@ -75,7 +75,7 @@ def reinforce_loss(
       policy_logits: [B, L, O].
       mask: [B, L, O], the sampled mask.
       advantage: [B]; no gradient flows through it.
-      bounding: the paper's alpha.
+      bounding: see `policy.log_probabilities`.
       entropy_weight: the paper's beta.
       entropy_kind: see `policy.entropy`. Differs from the paper: `one_sided`, the authors'
         program's entropy, is the default.

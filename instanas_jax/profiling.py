@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from instanas_jax import (
+    channels,
     controller,
     convolution,
     environment,
@@ -144,7 +145,7 @@ def measure_beside(
         low, high = np.percentile(seconds[key], (25, 75))
         return float(high - low) * 1e3
 
-    keys = [[(cell, op) for op in ops.ALL_OPS] for cell in spec.cells]
+    keys = [[(cell, op) for op in channels.ALL_OPS] for cell in spec.cells]
     fixed_ms = {name: undisturbed_ms(("fixed", name)) for name in fixed}
     alone_ms = np.array([[undisturbed_ms(key) for key in row] for row in keys])
     whole_ms = _undisturbed(whole_seconds) * 1e3
@@ -225,7 +226,7 @@ def _programs(
     }
     cells: dict[tuple[CellSpec, int], _Program] = {}
     for index, cell in enumerate(spec.cells):
-        for op in ops.ALL_OPS:
+        for op in channels.ALL_OPS:
             if (cell, op) not in cells:  # Cells of equal shapes have one time.
                 x = features(cell.in_size, cell.in_channels)
                 run = _path_program(cell, op, lowering)

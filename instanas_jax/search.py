@@ -34,10 +34,10 @@ from instanas_jax.stage import (
     is_correct,
     mean_over_devices,
     policy_logits_of,
+    some_paths,
     supernet_inputs,
     supernet_update,
     train_network,
-    updated_paths,
 )
 from instanas_jax.train_state import TrainState
 
@@ -211,7 +211,7 @@ def search(
 
     phases = (
         Phase("controller", controller_prepare, controller_update),
-        Phase("supernet", supernet_prepare, supernet_update(setting, updated_paths(paths))),
+        Phase("supernet", supernet_prepare, supernet_update(setting, some_paths(paths))),
     )
     return Stage("search", phases, lambda step: (step // alternation_steps) % 2)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from instanas_jax import convolution, ops, packing, policy, supernet
+from instanas_jax import channels, convolution, ops, packing, policy, supernet
 from instanas_jax.layers import Folded
 from instanas_jax.search_space import CANDIDATE_OPS, CellSpec, Join, SupernetSpec
 
@@ -40,7 +40,7 @@ def prepare_weights(
     weights["paths"] = [
         {
             op: ops.op_weights(cell, supernet_folded[supernet.cell_name(index)], op)
-            for op in ops.ALL_OPS
+            for op in channels.ALL_OPS
             if may_run[index, op]
         }
         for index, cell in enumerate(spec.cells)

@@ -32,8 +32,8 @@ class Phase:
 
     `prepare` augments the images and decides masks and learning rate; it differs from stage to
     stage and is small. `update` is the costly half, and where two stages share it (pretrain,
-    search and finetune train the supernet by the same `supernet_update`) it compiles once.
-    Metrics of different phases have different names.
+    search and finetune train the supernet by the same `supernet_update`, where they run the same
+    paths) it compiles once. Metrics of different phases have different names.
     """
 
     name: str
@@ -168,8 +168,8 @@ def supernet_inputs(
     }
 
 
-def updated_paths(paths: np.ndarray) -> tuple[tuple[bool, ...], ...] | None:
-    """Paths [L, O] in the form of `supernet_update`; None for all, the program of all stages."""
+def some_paths(paths: np.ndarray) -> tuple[tuple[bool, ...], ...] | None:
+    """Paths [L, O] as `supernet_update` takes them; None for all, the program that stages share."""
     return None if paths.all() else tuple(tuple(row) for row in paths.tolist())
 
 

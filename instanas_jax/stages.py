@@ -17,9 +17,9 @@ from instanas_jax.stage import (
     augmented,
     draw_keys,
     policy_logits_of,
+    some_paths,
     supernet_inputs,
     supernet_update,
-    updated_paths,
 )
 from instanas_jax.train_state import TrainState
 
@@ -102,5 +102,5 @@ def finetune(
             mask = policy.greedy(policy_logits)
         return supernet_inputs(images, labels, mask, sgd=sgd, learning_rate=rate(state.step))
 
-    paths = updated_paths(settled.may_run(spec.forced_cells))
+    paths = some_paths(settled.may_run(spec.forced_cells))
     return Stage(name, (Phase("supernet", prepare, supernet_update(setting, paths)),))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from instanas_jax import convolution, layers, ops, policy
+from instanas_jax import channels, convolution, layers, ops, policy
 from instanas_jax.layers import ConvBatchNorm, Folded
 from instanas_jax.search_space import SupernetSpec
 
@@ -58,7 +58,7 @@ class _Supernet(nn.Module):
 
 
 def _all_enabled(spec: SupernetSpec) -> tuple[tuple[int, ...], ...]:
-    return (ops.ALL_OPS,) * spec.num_cells
+    return (channels.ALL_OPS,) * spec.num_cells
 
 
 def _enabled_by(spec: SupernetSpec, paths: np.ndarray | None) -> tuple[tuple[int, ...], ...]:
@@ -172,7 +172,7 @@ def apply_eval(
     dtype: Any = jnp.float32,
     paths: np.ndarray | None = None,
 ) -> jax.Array:
-    """Evaluation mode: running statistics, every path computed, the mask selects.
+    """Evaluation mode: running statistics, every path of `paths` computed, the mask selects.
 
     Each image's answer is independent of the others' pixels and masks. An image may be asked under
     R masks: what comes before the first selection, the stem and the first cell's paths, then runs

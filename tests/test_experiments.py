@@ -30,6 +30,7 @@ from experiments.config import Config, DataConfig, RunConfig, validate_section
 from experiments.workdir import Workdir
 from instanas_jax import (
     checkpoint,
+    controller,
     data,
     data_sources,
     environment,
@@ -41,7 +42,8 @@ from instanas_jax import (
 from instanas_jax.augment import Augmentation
 from instanas_jax.errors import InputError
 from tests import fake_imagenet
-from tests.test_training import fresh_state, make_stage
+from tests.test_latency import make_table
+from tests.test_training import fresh_state, make_setting, make_stage
 
 ROOT = Path(__file__).parent.parent
 FLAGFILES = sorted((ROOT / "experiments/flagfiles").glob("*.flags"))
@@ -135,24 +137,36 @@ def test_every_shipped_flagfile_runs_to_its_results(flagfile, tmp_path, fake_dat
 
 @pytest.mark.parametrize("start", ["search", "pretrain"])
 def test_variants_start_from_the_weights_that_are_asked_for(start, tmp_path, fake_data):
-    """At a learning rate of 0, what they end with is what they started from."""
-    path = tmp_path / "run"
+    """At a learning rate of 0, what they end with is what they started from; and a search that
+    leaves some cells to one op ends with that op there."""
+    path, op = tmp_path / "run", "mbconv_k5_e3"
     settings = [f"--finetune_start={start}", "--finetune_learning_rate=0"]
-    parse(*TINY, *settings, "--search_alternation=batch", f"--workdir={path}")
+    settings += ["--search_alternation=batch", "--search_scope=optional", f"--search_start_op={op}"]
+    parse(*TINY, *settings, f"--workdir={path}")
     run._run("synthetic")
     opened = trained_run.open_run(str(path))
     like = jax.eval_shape(train_state.ravel, train_state.shapes(opened.spec))
 
-    def weights_after(stage: str) -> np.ndarray:
+    def after(stage: str) -> tuple:
         checkpoints = checkpoint.StageCheckpoints(opened.files.checkpoints(stage))
         restored = checkpoints.restore_latest({"state": like, "seconds": np.zeros(())})
         checkpoints.close()
         assert restored is not None
-        return restored[1]["state"].supernet["params"].vector
+        return restored[0], restored[1]["state"]
 
-    of_variant = weights_after("finetune_B")  # B is how the search ended.
+    steps, variant = after("finetune_B")  # B is how the search ended.
     for stage in ("pretrain", "search"):
-        assert np.array_equal(weights_after(stage), of_variant) == (stage == start)
+        _, state = after(stage)
+        same = np.array_equal(state.supernet["params"].vector, variant.supernet["params"].vector)
+        assert same == (stage == start)
+    # MobileNetV2 makes up for the search's images where a variant's weights have seen them.
+    baseline_steps, _ = after("finetune_mobilenetv2")
+    assert (baseline_steps, steps) == ((3, 1) if start == "search" else (1, 1))
+    found = controller.settled(opened.spec, train_state.unravel(variant).controller)
+    forced = opened.spec.forced_cells
+    np.testing.assert_array_equal(
+        found.on[forced], np.arange(5) == np.full((forced.sum(), 1), search_space.op_index(op))
+    )
 
 
 def test_a_static_search_answers_beside_the_variant(tmp_path, fake_data, capsys, monkeypatch):
@@ -397,3 +411,12 @@ def test_a_search_of_optional_cells_settles_the_others():
     np.testing.assert_array_equal(settled.undecided_cells, ~spec.forced_cells)
     everything = recipe.search_settled(spec, config.search)
     assert everything.undecided_cells.all()
+
+
+@pytest.mark.parametrize(("upper_bound_end", "warnings"), [(0.9, 0), (0.01, 1)])
+def test_a_bound_that_no_architecture_meets_is_warned_of(upper_bound_end, warnings, caplog):
+    config = Config("synthetic")
+    section = dataclasses.replace(config.search, upper_bound_end=upper_bound_end)
+    recipe.search_stage(make_setting(None), section, make_table(), total_steps=4, epoch_steps=2)
+    assert len(caplog.messages) == warnings
+    assert all("--search_upper_bound_end" in message for message in caplog.messages)

@@ -32,7 +32,7 @@ LAYERS = {
         "batch_norm",
         "environment",
     },
-    2: {"layers", "ops", "controller", "supernet"},
+    2: {"layers", "channels", "ops", "controller", "supernet"},
     3: {
         "train_state",
         "optimizers",
