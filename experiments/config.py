@@ -147,10 +147,10 @@ class SearchConfig:
         choices=("", *(op.name for op in CANDIDATE_OPS)),
     )
     scope: str = setting(
-        "all",
-        "Which cells the policy decides: all, as published; or optional, those that may be empty; "
-        "the others then run --search_start_op for every image.",
-        choices=("all", "optional"),
+        "paths",
+        "What the policy decides: paths, every one, as published; or depth, which of the cells "
+        "that may be empty run --search_start_op. The others then run it for every image.",
+        choices=("paths", "depth"),
     )
     supernet_learning_rate: float = setting(5e-4, "Rate of plain SGD.", minimum=0.0)
     task_reward: str = setting(
@@ -309,9 +309,9 @@ def validate_section(section: Any, *, prefix: str = "") -> None:
             "--search_advantage=leave_one_out compares an image's samples: draw "
             f"--search_samples of 2 or more, not {section.samples}"
         )
-    if getattr(section, "scope", "") == "optional" and not section.start_op:
+    if getattr(section, "scope", "") == "depth" and not section.start_op:
         raise InputError(
-            "--search_scope=optional needs an op for the other cells: name it by --search_start_op"
+            "--search_scope=depth decides where one op runs: name it by --search_start_op"
         )
     if isinstance(section, RunConfig):
         if not section.static_ops:

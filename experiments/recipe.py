@@ -57,12 +57,12 @@ def policy_start(spec: SupernetSpec, section: SearchConfig) -> np.ndarray:
 
 
 def search_settled(spec: SupernetSpec, section: SearchConfig) -> policy.Settled:
-    """What the search leaves as it is: nothing, or the cells that can't be empty."""
+    """What the search leaves as it is: nothing, or all but where the start op runs."""
     settled = policy.Settled.nothing(spec.mask_shape)
-    if section.scope == "optional":
+    if section.scope == "depth":
         op = search_space.op_index(section.start_op)
-        settled.on[spec.forced_cells, op] = True
-        settled.off[spec.forced_cells] = ~settled.on[spec.forced_cells]
+        settled.off[:, np.arange(search_space.NUM_OPS) != op] = True
+        settled.on[:, op] = spec.forced_cells
     return settled
 
 

@@ -137,11 +137,11 @@ def test_every_shipped_flagfile_runs_to_its_results(flagfile, tmp_path, fake_dat
 
 @pytest.mark.parametrize("start", ["search", "pretrain"])
 def test_variants_start_from_the_weights_that_are_asked_for(start, tmp_path, fake_data):
-    """At a learning rate of 0, what they end with is what they started from; and a search that
-    leaves some cells to one op ends with that op there."""
+    """At a learning rate of 0, what they end with is what they started from; and a search of depth
+    ends with its op in the cells that can't be empty."""
     path, op = tmp_path / "run", "mbconv_k5_e3"
     settings = [f"--finetune_start={start}", "--finetune_learning_rate=0"]
-    settings += ["--search_alternation=batch", "--search_scope=optional", f"--search_start_op={op}"]
+    settings += ["--search_alternation=batch", "--search_scope=depth", f"--search_start_op={op}"]
     parse(*TINY, *settings, f"--workdir={path}")
     run._run("synthetic")
     opened = trained_run.open_run(str(path))
@@ -298,7 +298,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
         ("--pretrain_batch_size=0", "--pretrain_batch_size=0"),
         ("--pretrain_schedule=fast", "--pretrain_schedule=fast"),
         ("--search_advantage=leave_one_out", "--search_samples of 2 or more, not 1"),
-        ("--search_scope=optional", "name it by --search_start_op"),
+        ("--search_scope=depth", "name it by --search_start_op"),
         ("--controller=large", "--controller=large: choose one of"),
         ("--static_ops=conv9", "unknown op 'conv9'"),
         ("--static_ops=", "--static_ops is empty"),
@@ -400,17 +400,16 @@ def test_the_search_starts_where_the_flags_say(tmp_path):
     np.testing.assert_allclose(np.delete(start, 3, axis=1), 0.2)
 
 
-def test_a_search_of_optional_cells_settles_the_others():
+def test_a_search_of_depth_settles_all_but_where_its_op_runs():
     config = Config("synthetic")
     spec = config.model.spec(num_classes=10)
-    section = dataclasses.replace(config.search, scope="optional", start_op="mbconv_k5_e6")
+    section = dataclasses.replace(config.search, scope="depth", start_op="mbconv_k5_e6")
     settled = recipe.search_settled(spec, section)
-    expected = np.zeros(spec.mask_shape, bool)
-    expected[spec.forced_cells, search_space.op_index("mbconv_k5_e6")] = True
-    np.testing.assert_array_equal(settled.on, expected)
+    op = search_space.op_index("mbconv_k5_e6")
+    assert settled.off[:, np.arange(5) != op].all() and not settled.off[:, op].any()
+    np.testing.assert_array_equal(settled.on[:, op], spec.forced_cells)
     np.testing.assert_array_equal(settled.undecided_cells, ~spec.forced_cells)
-    everything = recipe.search_settled(spec, config.search)
-    assert everything.undecided_cells.all()
+    assert recipe.search_settled(spec, config.search).undecided_cells.all()
 
 
 @pytest.mark.parametrize(("upper_bound_end", "warnings"), [(0.9, 0), (0.01, 1)])
