@@ -338,8 +338,8 @@ def test_samples_of_one_image_differ():
 def test_every_sample_of_an_image_is_a_draw_of_its_own():
     setting = make_setting(None)
     draws = draw_keys(setting, "search", jnp.zeros((), jnp.int32), BATCH)
-    reward = search.RewardSettings(lower_ms=0.5, upper_start_ms=10.0, upper_end_ms=4.0, samples=3)
-    masks = search._sample_masks(draws, jnp.zeros((BATCH, *SPEC.mask_shape)), reward)
+    policy_logits = jnp.zeros((BATCH, *SPEC.mask_shape))
+    masks = search._sample_masks(draws, policy_logits, bounding=0.8, samples=3)
     masks = masks.reshape(3, BATCH, -1)
     for first, second in ((0, 1), (0, 2), (1, 2)):
         # Independent fair bits agree in half of the places.
