@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from experiments import recipe
-from experiments.config import Config, FinetuneConfig, ModelConfig, PretrainConfig, SearchConfig
+from experiments.config import Config, ModelConfig
+from experiments.stage_config import FinetuneConfig, PretrainConfig, SearchConfig
 from instanas_jax import (
     convolution,
     cost,

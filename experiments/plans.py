@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 
 from experiments import recipe
-from experiments.config import Config, FinetuneConfig, PretrainConfig, SearchConfig
+from experiments.config import Config
+from experiments.stage_config import FinetuneConfig, PretrainConfig, SearchConfig
 from instanas_jax import latency, policy, search_space
 from instanas_jax.stage import Setting, Stage
 

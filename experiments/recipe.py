@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from experiments.config import Config, FinetuneConfig, PretrainConfig, SearchConfig
+from experiments.config import Config
+from experiments.stage_config import FinetuneConfig, PretrainConfig, SearchConfig
 from instanas_jax import (
     convolution,
     data,

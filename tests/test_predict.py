@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from experiments import dataset_summary, images, predict, trained_run
-from experiments.config import Config, FinetuneConfig, ModelConfig
+from experiments.config import Config, ModelConfig
+from experiments.stage_config import FinetuneConfig
 from experiments.workdir import Workdir, write_json
 from instanas_jax import (
     augment,
