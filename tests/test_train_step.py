@@ -233,6 +233,8 @@ def test_devices_are_compared(tmp_path):
     assert rows.keys() == {
         "1_device_step",
         "1_device_images_a_second",
+        "1_device_rounding_largest_difference",
+        "1_device_rounding_relative_difference",
         "2_devices_step",
         "2_devices_images_a_second",
         "2_devices_speed_over_1_device",
@@ -240,6 +242,7 @@ def test_devices_are_compared(tmp_path):
         "2_devices_relative_difference",
     }
     assert rows["2_devices_relative_difference"]["value"] < 1e-3
+    assert 0.0 < rows["1_device_rounding_relative_difference"]["value"] < 1e-2
 
 
 @pytest.mark.parametrize(
