@@ -196,6 +196,8 @@ def validate_section(section: Any, *, prefix: str = "") -> None:
                 "--search_advantage=leave_one_out compares an image's samples: draw "
                 f"--search_samples of 2 or more, not {section.samples}"
             )
+        for name in section.start_ops:
+            op_index(name)
         if section.scope == "depth" and not section.start_op:
             raise InputError(
                 "--search_scope=depth decides where one op runs: name it by --search_start_op"

@@ -17,6 +17,7 @@ from instanas_jax import (
     search_space,
     stages,
 )
+from instanas_jax.errors import InputError
 from instanas_jax.search_space import SupernetSpec
 from instanas_jax.stage import Setting, Stage
 
@@ -52,19 +53,30 @@ def stage_steps(epochs: float, *, images: int, batch_size: int) -> int:
 def policy_start(spec: SupernetSpec, section: SearchConfig) -> np.ndarray:
     """Probability [L, O] of each path when the search begins."""
     start = np.full(spec.mask_shape, section.start_keep)
-    if section.start_op:
-        start[:, search_space.op_index(section.start_op)] = _START_OP_KEEP
+    start[_start_paths(spec, section)] = _START_OP_KEEP
     return start
 
 
 def search_settled(spec: SupernetSpec, section: SearchConfig) -> policy.Settled:
-    """What the search leaves as it is: nothing, or all but where the start op runs."""
-    settled = policy.Settled.nothing(spec.mask_shape)
-    if section.scope == "depth":
-        op = search_space.op_index(section.start_op)
-        settled.off[:, np.arange(search_space.NUM_OPS) != op] = True
-        settled.on[:, op] = spec.forced_cells
-    return settled
+    """What the search leaves as it is: nothing, or all but where the start ops run."""
+    if section.scope == "paths":
+        return policy.Settled.nothing(spec.mask_shape)
+    start = _start_paths(spec, section)
+    return policy.Settled(on=start & spec.forced_cells[:, None], off=~start)
+
+
+def _start_paths(spec: SupernetSpec, section: SearchConfig) -> np.ndarray:
+    """bool [L, O], each cell's start op; InputError unless one is named for all, or for each."""
+    ops = [search_space.op_index(name) for name in section.start_ops]
+    if len(ops) not in (0, 1, spec.num_cells):
+        raise InputError(
+            f"--search_start_op names {len(ops)} ops: name one for all cells, or {spec.num_cells}, "
+            "one for each"
+        )
+    paths = np.zeros(spec.mask_shape, bool)
+    if ops:
+        paths[np.arange(spec.num_cells), ops] = True
+    return paths
 
 
 def pretrain_stage(setting: Setting, section: PretrainConfig, *, total_steps: int) -> Stage:
@@ -116,6 +128,7 @@ def search_stage(
             entropy_weight=section.entropy_weight,
             entropy_kind=section.entropy_kind,  # pyright: ignore[reportArgumentType]
             diversity_weight=section.diversity_weight,
+            diversity_kind=section.diversity_kind,  # pyright: ignore[reportArgumentType]
             advantage=section.advantage,  # pyright: ignore[reportArgumentType]
             samples=section.samples,
         ),

@@ -3,6 +3,7 @@
 import dataclasses
 
 from experiments.settings import setting
+from instanas_jax.diversity import DIVERSITY_KINDS
 from instanas_jax.optimizers import SCHEDULE_KINDS
 from instanas_jax.policy_gradient import ADVANTAGE_KINDS
 from instanas_jax.rewards import TASK_REWARD_KINDS
@@ -44,13 +45,13 @@ class SearchConfig:
     start_op: str = setting(
         "",
         "Op that begins likelier on than off, so that greedy masks begin as the architecture of "
-        "this op alone; empty: none.",
-        choices=("", *(op.name for op in CANDIDATE_OPS)),
+        "this op alone; with commas between, one for each cell; empty: none. Of "
+        f"{', '.join(op.name for op in CANDIDATE_OPS)}.",
     )
     scope: str = setting(
         "paths",
         "What the policy decides: paths, every one, as published; or depth, which of the cells "
-        "that may be empty run --search_start_op. The others then run it for every image.",
+        "that may be empty run their --search_start_op. The others run it for every image.",
         choices=("paths", "depth"),
     )
     supernet_learning_rate: float = setting(5e-4, "Rate of plain SGD.", minimum=0.0)
@@ -76,6 +77,12 @@ class SearchConfig:
         "at the image.",
         minimum=0.0,
     )
+    diversity_kind: str = setting(
+        "cells",
+        "That information: summed over cells, or of all cells together, to which those that divide "
+        "the images alike add nothing.",
+        choices=DIVERSITY_KINDS,
+    )
     advantage: str = setting(
         "self_critical",
         "Sampled less greedy reward, as it is or standardised over the batch; or less the other "
@@ -89,6 +96,11 @@ class SearchConfig:
     upper_bound_end: float = setting(
         0.5, "Latency bound at the end, as a share of MobileNetV2's latency.", minimum=0.01
     )
+
+    @property
+    def start_ops(self) -> tuple[str, ...]:
+        """Of all cells, or of each; none where no op begins likelier than others."""
+        return tuple(self.start_op.split(",")) if self.start_op else ()
 
 
 @dataclasses.dataclass(frozen=True)

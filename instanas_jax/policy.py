@@ -5,7 +5,6 @@ Source: InstaNAS (arXiv 1811.10201), section 3.3.
 """
 
 import dataclasses
-import functools
 import itertools
 from typing import Literal
 
@@ -20,8 +19,6 @@ from instanas_jax.search_space import CANDIDATE_OPS, FORCED_OP, NUM_OPS, OpSpec
 
 EntropyKind = Literal["one_sided", "binary"]
 Bounding = float | np.ndarray  # The paper's alpha, of all paths or [L, O].
-
-_TINY = float(np.finfo(np.float32).tiny)
 
 
 def log_probabilities(
@@ -115,42 +112,6 @@ def mean_over_batch(
     """Mean over an axis, or all, and over the devices that share the global batch, if any."""
     local = jnp.mean(values, axis=axis)
     return lax.pmean(local, axis_name) if axis_name else local
-
-
-def depth_information(
-    policy_logits: jax.Array,
-    forced_cells: np.ndarray,
-    *,
-    bounding: Bounding,
-    axis_name: str | None = None,
-) -> jax.Array:
-    """What the image says about which cells run, summed over cells; scalar, nats.
-
-    A cell that may be empty is passed through with probability q, the product of 1 - p' over its
-    ops. Its information is h(mean of q) - mean of h(q) of the global batch, h the entropy of a
-    bit: large where the policy is sure of every image and images differ, 0 where all images have
-    the same policy, however unsure. Zero or more. Which op runs does not count.
-
-    Args:
-      policy_logits: [B, L, O].
-      forced_cells: bool [L], `SupernetSpec.forced_cells`; those are never empty.
-      bounding: see `log_probabilities`.
-      axis_name: the device axis that shares the global batch, if any.
-    """
-    chex.assert_rank(policy_logits, 3)
-    chex.assert_axis_dimension(policy_logits, 1, len(forced_cells))
-    optional = np.flatnonzero(~np.asarray(forced_cells))
-    _, log_off = log_probabilities(policy_logits, bounding=bounding)
-    empty = jnp.exp(jnp.sum(log_off[:, optional], axis=-1))
-    mean = functools.partial(mean_over_batch, axis=0, axis_name=axis_name)
-    return jnp.sum(_bit_entropy(mean(empty)) - mean(_bit_entropy(empty)))
-
-
-def _bit_entropy(probability: jax.Array) -> jax.Array:
-    """-p ln p - (1 - p) ln(1 - p); shapes as given."""
-    pair = jnp.stack([probability, 1.0 - probability])
-    # One of the two may be 0 in float32, whose logarithm has no gradient.
-    return -jnp.sum(pair * jnp.log(jnp.maximum(pair, _TINY)), axis=0)
 
 
 def resolve_empty_cells(

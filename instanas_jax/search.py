@@ -13,6 +13,7 @@ from jax import lax
 
 from instanas_jax import (
     controller,
+    diversity,
     latency,
     optimizers,
     policy,
@@ -56,7 +57,8 @@ class RewardSettings:
     bounding: float = 0.8
     entropy_weight: float = 0.8
     entropy_kind: policy.EntropyKind = "one_sided"
-    diversity_weight: float = 0.0  # Of `policy.depth_information`; ours.
+    diversity_weight: float = 0.0  # Of `diversity.depth_information`; ours.
+    diversity_kind: diversity.DiversityKind = "cells"
     advantage: policy_gradient.AdvantageKind = "self_critical"
     samples: int = 1  # Masks drawn an image for one update; the paper's is one.
 
@@ -162,13 +164,14 @@ def search(
                 entropy_weight=reward.entropy_weight,
                 entropy_kind=reward.entropy_kind,
             )
-            diversity = policy.depth_information(
+            information = diversity.depth_information(
                 policy_logits,
                 spec.forced_cells,
                 bounding=bounding,
+                kind=reward.diversity_kind,
                 axis_name=setting.axis_name,
             )
-            loss -= reward.diversity_weight * diversity
+            loss -= reward.diversity_weight * information
             sampled_latency, greedy_latency = jnp.split(latency_ms, [len(sampled)])
             sampled_correct, greedy_correct = jnp.split(correct, [len(sampled)])
             metrics = {
@@ -180,7 +183,7 @@ def search(
                 "sampled_latency_ms": jnp.mean(sampled_latency),
                 "greedy_latency_ms": jnp.mean(greedy_latency),
                 "policy_entropy_nats": jnp.mean(policy.entropy(policy_logits, bounding=bounding)),
-                "depth_information_nats": diversity,
+                "depth_information_nats": information,
             }
             return loss, (moments, metrics)
 

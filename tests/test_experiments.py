@@ -299,6 +299,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
         ("--pretrain_schedule=fast", "--pretrain_schedule=fast"),
         ("--search_advantage=leave_one_out", "--search_samples of 2 or more, not 1"),
         ("--search_scope=depth", "name it by --search_start_op"),
+        ("--search_start_op=basic_conv,conv9", "unknown op 'conv9'"),
         ("--controller=large", "--controller=large: choose one of"),
         ("--static_ops=conv9", "unknown op 'conv9'"),
         ("--static_ops=", "--static_ops is empty"),
@@ -410,6 +411,21 @@ def test_a_search_of_depth_settles_all_but_where_its_op_runs():
     np.testing.assert_array_equal(settled.on[:, op], spec.forced_cells)
     np.testing.assert_array_equal(settled.undecided_cells, ~spec.forced_cells)
     assert recipe.search_settled(spec, config.search).undecided_cells.all()
+
+
+def test_each_cell_may_have_a_start_op_of_its_own():
+    spec = Config("synthetic").model.spec(num_classes=10)
+    ops = np.arange(spec.num_cells) % 5
+    names = [search_space.CANDIDATE_OPS[op].name for op in ops]
+    section = dataclasses.replace(Config("synthetic").search, start_op=",".join(names))
+    start = recipe.policy_start(spec, section)
+    np.testing.assert_array_equal(start.argmax(axis=1), ops)
+    np.testing.assert_allclose(np.sort(start, axis=1)[:, -2:], [[0.5, 0.6]] * spec.num_cells)
+    settled = recipe.search_settled(spec, dataclasses.replace(section, scope="depth"))
+    np.testing.assert_array_equal(~settled.off, np.eye(5, dtype=bool)[ops])
+    np.testing.assert_array_equal(settled.on, ~settled.off & spec.forced_cells[:, None])
+    with pytest.raises(InputError, match=f"names 2 ops: .* {spec.num_cells}, one for each"):
+        recipe.policy_start(spec, dataclasses.replace(section, start_op="basic_conv,basic_conv"))
 
 
 @pytest.mark.parametrize(("upper_bound_end", "warnings"), [(0.9, 0), (0.01, 1)])

@@ -15,6 +15,7 @@ LAYERS = {
         "search_space",
         "cost",
         "policy",
+        "diversity",
         "rewards",
         "policy_gradient",
         "latency",

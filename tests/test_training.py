@@ -71,7 +71,8 @@ def make_stage(name: str, axis_name: str | None):
             reward = dataclasses.replace(reward, samples=3, diversity_weight=0.5)
         cells_ms, settled = CELLS_MS, None
         if name == "search_settled":
-            reward, settled = dataclasses.replace(reward, diversity_weight=0.5), some_settled()
+            reward = dataclasses.replace(reward, diversity_weight=0.5, diversity_kind="joint")
+            settled = some_settled()
             cells_ms = CELLS_MS * settled.off  # Only what is off for good takes time,
             cells_ms[3, channels.BASIC_OP] = 0.0  # but for the op that cell 3 must run then.
         return search.search(
