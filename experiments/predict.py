@@ -41,16 +41,31 @@ class Predictor:
       variant: name of a finished one.
       top: how many classes an answer names.
       budget_ms: what images are to take in the mean; None for what the variant was trained at.
+      limit_ms: what no image is to take more than; None for no limit.
 
     Raises:
-      InputError: the variant can't meet the budget.
+      InputError: the variant can't meet the budget, or keep the limit.
     """
 
-    def __init__(self, run: TrainedRun, variant: str, *, top: int, budget_ms: float | None = None):
+    def __init__(
+        self,
+        run: TrainedRun,
+        variant: str,
+        *,
+        top: int,
+        budget_ms: float | None = None,
+        limit_ms: float | None = None,
+    ):
         networks = trained_run.restore_networks(run, variant)
         if budget_ms is not None:
             threshold = budget.threshold(trained_run.budget_curve(run, variant), budget_ms)
             networks["controller"] = controller.decide_at(networks["controller"], threshold)
+        self._settled = controller.settled(run.spec, networks["controller"])
+        rule = policy.greedy
+        if limit_ms is not None:
+            rule = budget.limit(
+                limit_ms, table=run.table, spec=run.spec, settled=self._settled
+            ).masks
         self._run = run
         self._variant = variant
         self._top = top
@@ -61,8 +76,9 @@ class Predictor:
             mean=run.dataset.mean,
             std=run.dataset.std,
             lowering=convolution.default_lowering(),
+            settled=self._settled,
+            rule=rule,
         )
-        self._settled = controller.settled(run.spec, networks["controller"])
 
     def __call__(self, image: np.ndarray) -> Answer:
         """Answers one image uint8 [H, W, 3] of any size.
@@ -154,7 +170,13 @@ def _predict(names: list[str]) -> int:
     run = trained_run.open_run(values.workdir or "")
     environment.configure_cpu(inference_threads=run.config.run.inference_threads)
     variant = trained_run.choose_variant(run, values.variant)
-    predictor = Predictor(run, variant, top=values.top, budget_ms=values.latency_budget_ms)
+    predictor = Predictor(
+        run,
+        variant,
+        top=values.top,
+        budget_ms=values.latency_budget_ms,
+        limit_ms=values.latency_limit_ms,
+    )
     environment.release_memory()
     if not values.json:
         print(f"variant {variant} of {run.dataset.name}", flush=True)
@@ -174,6 +196,12 @@ def main() -> None:
         None,
         "What images are to take in the mean, by the run's latency table: more or fewer paths "
         "run. Empty: as trained.",
+    )
+    flags.DEFINE_float(
+        "latency_limit_ms",
+        None,
+        "What no image is to take more than, by the run's latency table: of its paths the surest "
+        "run that fit. Empty: no limit.",
     )
     flags.DEFINE_integer("top", 3, "Classes to name for each image.", lower_bound=1)
     flags.DEFINE_bool(

@@ -1,13 +1,16 @@
-"""The knob of a trained policy: which threshold of its logits makes images take a given time.
+"""The knobs of a trained policy: how long images take in the mean, and how long one may take.
 
-A path is on where its logit reaches the threshold; the policy was trained at 0. A higher one
-leaves paths away, first those that the controller is least sure of, a lower one adds them. What a
-threshold costs is measured by the table on calibration images, none of them of the test split.
+A path is on where its logit reaches a threshold; the policy was trained at 0. A higher one leaves
+paths away, first those that the controller is least sure of, a lower one adds them. What a
+threshold costs in the mean is measured by the table on calibration images, none of them of the test
+split. A limit holds for each image: a threshold of its own where it would take longer.
 """
 
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from instanas_jax import latency, policy
@@ -122,3 +125,59 @@ def threshold(curve: Curve, budget_ms: float) -> float:
     between = places[first] + share * (places[second] - places[first])
     candidates = np.concatenate([exact, between])
     return float(candidates[np.argmin(np.abs(candidates))])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Limit:
+    """A bound on every image's table time, which a policy keeps by leaving paths away.
+
+    Attributes:
+      limit_ms: of whole images.
+      prices: of the policy's paths.
+      forced_cells: bool [L], `SupernetSpec.forced_cells`.
+      settled: what the policy decides alike for every image.
+    """
+
+    limit_ms: float
+    prices: latency.Prices
+    forced_cells: np.ndarray
+    settled: policy.Settled
+
+    def masks(self, policy_logits: jax.Array) -> jax.Array:
+        """Of an image's paths that are on, the surest that fit the limit; [B, L, O]. Traceable.
+
+        With none of them an image takes the least there is, and always fits (`limit`).
+
+        Args:
+          policy_logits: [B, L, O].
+        """
+        shape, undecided = policy_logits.shape, ~(self.settled.on | self.settled.off)
+        logits = policy_logits.reshape(shape[0], -1)[:, undecided.ravel()]
+        # Rank 0 is the surest. Kept are those of a rank below k, for every k.
+        ranks = jnp.argsort(jnp.argsort(-logits, axis=-1), axis=-1)
+        counts = jnp.arange(logits.shape[-1] + 1)
+        kept = (ranks < counts[:, None, None]) & (logits >= 0.0)
+        on = jnp.broadcast_to(self.settled.on.ravel(), (*kept.shape[:2], undecided.size))
+        masks = on.at[..., undecided.ravel()].set(kept).reshape(len(counts), *shape)
+        masks = masks.astype(jnp.float32)
+        cells_ms = self.prices.cells_ms(masks, self.forced_cells)
+        fits = cells_ms <= self.limit_ms - self.prices.constant_ms
+        most = jnp.max(jnp.where(fits, counts[:, None], 0), axis=0)
+        return jnp.take_along_axis(masks, most[None, :, None, None], axis=0)[0]
+
+
+def limit(
+    limit_ms: float, *, table: LatencyTable, spec: SupernetSpec, settled: policy.Settled
+) -> Limit:
+    """The limit of a policy that has settled what it has settled.
+
+    Raises:
+      InputError: an image takes longer, whatever it leaves away.
+    """
+    least_ms = float(latency.image_ms(table, settled.on, spec.forced_cells, settled))
+    if not limit_ms >= least_ms - _ROUNDING_MS:
+        raise InputError(
+            f"a limit of {limit_ms:g} ms is out of this variant's reach: by its table an image "
+            f"takes {least_ms:.3f} ms or more, choose another variant or a limit from there"
+        )
+    return Limit(limit_ms, latency.prices(table, settled), spec.forced_cells, settled)

@@ -22,6 +22,7 @@ from instanas_jax import (
 from instanas_jax.search_space import SupernetSpec
 
 Predict = Callable[[np.ndarray], tuple[jax.Array, jax.Array]]
+Rule = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,6 +37,7 @@ class Network:
       settled: decisions that no image changes.
       mean, std: of pixels, to normalise by.
       lowering: see `convolution`.
+      rule: masks [B, L, O] of the policy's logits; see `budget.Limit` for another.
     """
 
     spec: SupernetSpec
@@ -44,15 +46,15 @@ class Network:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     lowering: convolution.Lowering
+    rule: Rule = policy.greedy
 
     def decide(self, weights: dict[str, packing.Packed], images: jax.Array) -> jax.Array:
-        """Greedy masks [B, L, O] of images uint8 [B, H, W, 3]."""
+        """Masks [B, L, O] of images uint8 [B, H, W, 3]."""
         folded = packing.read(weights["controller"].unpack())
-        return policy.greedy(
-            controller.apply_eval(
-                self.spec, folded, self._normalise(images), lowering=self.lowering
-            )
+        policy_logits = controller.apply_eval(
+            self.spec, folded, self._normalise(images), lowering=self.lowering
         )
+        return self.rule(policy_logits)
 
     def answer(
         self, weights: dict[str, packing.Packed], images: jax.Array, mask: jax.Array
@@ -80,12 +82,14 @@ def deploy(
     std: tuple[float, float, float],
     lowering: convolution.Lowering,
     settled: policy.Settled | None = None,
+    rule: Rule = policy.greedy,
 ) -> Network:
     """Lays a trained state out.
 
     Args:
       supernet_variables, controller_variables: {"params", "batch_stats"}.
       settled: decisions that no image changes; by default what the controller has settled.
+      rule: masks of the policy's logits, which agree with what is settled.
     """
     if settled is None:
         settled = controller.settled(spec, controller_variables)
@@ -93,7 +97,7 @@ def deploy(
         "supernet": _packed_paths(spec, supernet_variables, settled),
         "controller": packing.pack(controller.fold(jax.device_get(controller_variables))),
     }
-    return Network(spec, weights, settled, mean, std, lowering)
+    return Network(spec, weights, settled, mean, std, lowering, rule)
 
 
 def make_predictor(spec: SupernetSpec, **state: Any) -> Predict:

@@ -90,6 +90,39 @@ def lookup(
     return rows + jnp.sum(beyond_first * jnp.asarray(several_ms, jnp.float32), axis=-1)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prices:
+    """What whole images take under one policy, as what is summed up; milliseconds.
+
+    Attributes:
+      rows_ms: [L, O], of each path.
+      several_ms: [L], of each path beyond a cell's first.
+      constant_ms: of every image.
+    """
+
+    rows_ms: np.ndarray
+    several_ms: np.ndarray
+    constant_ms: float
+
+    def cells_ms(self, mask: jax.Array | np.ndarray, forced_cells: np.ndarray):
+        """As `lookup`, [...]: whole images but for `constant_ms`. May be traced."""
+        return lookup(self.rows_ms, mask, forced_cells, several_ms=self.several_ms)
+
+
+def prices(table: LatencyTable, settled: policy.Settled) -> Prices:
+    """Of a policy.
+
+    Args:
+      settled: what the policy decides alike for every image. Cells of which nothing is left to
+        decide do not switch, and where no cell switches the controller does not run.
+    """
+    switches = settled.undecided_cells
+    rows_ms = np.where(switches[:, None], table.cells_ms, table.settled_ms)
+    switches_ms = table.in_network_ms["switch"] * switches.sum()
+    fixed_ms = table.fixed_total_ms(controller=not settled.everything)
+    return Prices(rows_ms, table.several_ms * switches, float(switches_ms + fixed_ms))
+
+
 def image_ms(
     table: LatencyTable,
     mask: jax.Array | np.ndarray,
@@ -99,15 +132,10 @@ def image_ms(
     """Predicted milliseconds [...] of whole images under masks [..., L, O] of one policy.
 
     Args:
-      settled: what the policy decides alike for every image. Cells of which nothing is left to
-        decide do not switch, and where no cell switches the controller does not run.
+      settled: see `prices`.
     """
-    switches = settled.undecided_cells
-    rows_ms = np.where(switches[:, None], table.cells_ms, table.settled_ms)
-    cells = lookup(rows_ms, mask, forced_cells, several_ms=table.several_ms * switches)
-    switches_ms = table.in_network_ms["switch"] * switches.sum()
-    fixed_ms = table.fixed_total_ms(controller=not settled.everything)
-    return np.asarray(cells) + switches_ms + fixed_ms
+    of_policy = prices(table, settled)
+    return np.asarray(of_policy.cells_ms(mask, forced_cells)) + of_policy.constant_ms
 
 
 def static_ms(table: LatencyTable, architecture: np.ndarray, forced_cells: np.ndarray) -> float:

@@ -136,3 +136,53 @@ def test_a_curve_travels_as_json():
 def test_something_else_is_no_curve(values):
     with pytest.raises((ValueError, TypeError, KeyError)):
         budget.Curve.from_json(values)
+
+
+class TestLimit:
+    RNG = np.random.default_rng(7)
+    SETTLED = policy.Settled(
+        on=RNG.uniform(size=SPEC.mask_shape) < 0.1, off=np.zeros(SPEC.mask_shape, bool)
+    )
+    LOGITS = RNG.normal(0.5, 1.0, size=(50, *SPEC.mask_shape)).astype(np.float32)
+
+    def limit(self, limit_ms: float) -> budget.Limit:
+        return budget.limit(limit_ms, table=TABLE, spec=SPEC, settled=self.SETTLED)
+
+    def times(self, masks) -> np.ndarray:
+        return latency.image_ms(TABLE, masks, SPEC.forced_cells, self.SETTLED)
+
+    @pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
+    def test_every_image_runs_the_surest_of_its_paths_that_fit(self, share):
+        unlimited = budget.masks_at(0.0, self.LOGITS, self.SETTLED)
+        least_ms = float(self.times(self.SETTLED.on))
+        limit_ms = least_ms + share * (self.times(unlimited).max() - least_ms)
+        limit = self.limit(limit_ms)
+        masks = np.asarray(jax.jit(limit.masks)(self.LOGITS))
+        assert (self.times(masks) <= limit_ms + 1e-4).all()
+        assert masks[:, self.SETTLED.on].all() and (masks <= unlimited).all()
+        left_away = (unlimited > masks).any(axis=(1, 2))
+        assert left_away.any() and (share == 0.0 or not left_away.all())
+        undecided = ~self.SETTLED.on
+        for logits, mask, whole in zip(self.LOGITS, masks, unlimited, strict=True):
+            candidates = np.argwhere((whole > mask) & undecided)
+            if not len(candidates):
+                continue
+            kept = logits[(mask > 0.5) & undecided]
+            surest = max(candidates, key=lambda path: logits[tuple(path)])
+            assert not kept.size or logits[tuple(surest)] <= kept.min()
+            # No more of them would fit, however many are added, surest first.
+            more = mask.copy()
+            for path in sorted(candidates, key=lambda path: -logits[tuple(path)]):
+                more[tuple(path)] = 1.0
+                assert self.times(more) > limit_ms
+
+    def test_one_that_no_image_meets_changes_nothing(self):
+        unlimited = budget.masks_at(0.0, self.LOGITS, self.SETTLED)
+        masks = self.limit(float(self.times(unlimited).max()) + 1.0).masks(self.LOGITS)
+        np.testing.assert_array_equal(masks, unlimited)
+
+    @pytest.mark.parametrize("less_ms", [1.0, np.nan, np.inf])
+    def test_one_out_of_reach_names_the_least(self, less_ms):
+        least_ms = float(self.times(self.SETTLED.on))
+        with pytest.raises(InputError, match=f"takes {least_ms:.3f} ms or more"):
+            self.limit(least_ms - less_ms)

@@ -1,6 +1,7 @@
 """Answers about images of one's own, from the folder of a finished run."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -166,6 +167,21 @@ def test_a_budget_moves_what_is_undecided(workdir, variant):
     np.testing.assert_array_equal(masks[0], ~settled.off)
     np.testing.assert_array_equal(masks[1], as_trained)
     np.testing.assert_array_equal(masks[2], settled.on)
+
+
+@pytest.mark.parametrize("variant", ["A", "B"])
+def test_a_limit_is_kept_by_every_image(workdir, variant):
+    opened = trained_run.open_run(str(workdir))
+    free = predict.Predictor(opened, variant, top=1)
+    times = [free(image).table_ms for image in TEST_IMAGES[:6]]
+    with pytest.raises(InputError, match="or more") as error:
+        predict.Predictor(opened, variant, top=1, limit_ms=1.0)
+    least_ms = float(re.findall(r"takes ([0-9.]+) ms", str(error.value))[0])
+    limit_ms = (least_ms + max(times)) / 2
+    limited = predict.Predictor(opened, variant, top=1, limit_ms=limit_ms)
+    for image, time in zip(TEST_IMAGES[:6], times, strict=True):
+        table_ms = limited(image).table_ms
+        assert table_ms <= limit_ms and (time > limit_ms or table_ms == time)
 
 
 def test_a_budget_that_cannot_be_met(workdir, copy, pictures):
