@@ -146,6 +146,10 @@ class Pipeline:
         """One architecture [L, O] as the run's static baselines are trained, or resumed."""
         return self._finetune(self.planner.static(name, architecture), pretrained).state
 
+    def train_from_scratch(self, name: str, architecture: np.ndarray) -> TrainState:
+        """One architecture [L, O] from fresh weights, without the supernet's pretraining."""
+        return self._finetune(self.planner.scratch(name, architecture), self._fresh()).state
+
     def _fresh(self) -> TrainState:
         return train_state.create(
             jax.random.key(self.config.run.seed),

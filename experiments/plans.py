@@ -63,7 +63,7 @@ class Planner:
 
     def variant(self, name: str, settled: policy.Settled) -> Plan:
         """Finetuning of a snapshot that has settled these decisions."""
-        return self._finetuning(name, settled, self.config.finetune.epochs, None)
+        return self._finetuning(name, settled, self.config.finetune, None)
 
     def one_op(self, op_name: str) -> Plan:
         """A static baseline with the same op in all cells."""
@@ -74,18 +74,39 @@ class Planner:
     def static(self, name: str, architecture: np.ndarray) -> Plan:
         """A static network [L, O], from the pretrained supernet, with as many images as a variant's
         weights see after pretraining: in finetuning, and in the search where they come from it."""
-        epochs = self.config.finetune.epochs
-        if self.config.finetune.start == "search":
-            epochs += self.config.search.epochs / 2
+        section = dataclasses.replace(self.config.finetune, epochs=self._epochs_after_pretraining())
         return self._finetuning(
-            name, policy.Settled.architecture(architecture), epochs, architecture
+            name, policy.Settled.architecture(architecture), section, architecture
         )
 
+    def scratch(self, name: str, architecture: np.ndarray) -> Plan:
+        """A static network [L, O] from fresh weights, with as many images as a variant's weights
+        see in all, by the rate and schedule of the pretraining."""
+        like = self.config.pretrain
+        section = FinetuneConfig(
+            epochs=like.epochs + self._epochs_after_pretraining(),
+            batch_size=like.batch_size,
+            learning_rate=like.learning_rate,
+            schedule=like.schedule,
+            weight_decay=like.weight_decay,
+        )
+        return self._finetuning(
+            f"scratch_{name}", policy.Settled.architecture(architecture), section, architecture
+        )
+
+    def _epochs_after_pretraining(self) -> float:
+        """That train a variant's weights."""
+        of_search = self.config.search.epochs / 2 if self.config.finetune.start == "search" else 0.0
+        return self.config.finetune.epochs + of_search
+
     def _finetuning(
-        self, name: str, settled: policy.Settled, epochs: float, architecture: np.ndarray | None
+        self,
+        name: str,
+        settled: policy.Settled,
+        section: FinetuneConfig,
+        architecture: np.ndarray | None,
     ) -> Plan:
-        section = self.config.finetune
-        total_steps = self.steps(epochs, section.batch_size)
+        total_steps = self.steps(section.epochs, section.batch_size)
         stage = recipe.finetune_stage(self.setting, section, total_steps, settled)
         stage = dataclasses.replace(stage, name=f"finetune_{name}")
         return Plan(stage, section, total_steps, name, architecture)

@@ -1,5 +1,5 @@
 """results.json and the table on the terminal. With `policy_study`, which it calls, and
-`static_search`, the only reader of the test split; nothing is chosen by it."""
+`comparison`, the only reader of the test split; nothing is chosen by it."""
 
 import math
 from typing import Any
@@ -51,9 +51,8 @@ def collect(
     timed = dataset.test.take(np.arange(min(config.run.timed_images, len(dataset.test)))).images
     measured = parallel.from_first(
         lambda: timing.time_networks(
-            setting,
-            statics=statics,
-            variants=variants,
+            {name: timing.Timed(setting, *static) for name, static in statics.items()}
+            | {name: timing.Timed(setting, state) for name, state in variants.items()},
             images=timed,
             threads=config.run.inference_threads,
         )

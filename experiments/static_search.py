@@ -10,7 +10,6 @@ timed in turn with the variant and the baseline. Writes static_search_METHOD.jso
 the training into the run's folder; the same command again resumes the training.
 """
 
-import dataclasses
 import itertools
 import zlib
 from typing import Any
@@ -19,18 +18,19 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
+from experiments import comparison, trained_run
 from experiments import flags as flags_lib
-from experiments import results, timing, trained_run
+from experiments.comparison import Entrant
 from experiments.pipeline import Pipeline
-from experiments.workdir import Workdir, write_json
-from instanas_jax import data, metrics, parallel, policy, search_space, static_nas
+from experiments.workdir import write_json
+from instanas_jax import data, parallel, policy, static_nas
 from instanas_jax.train_state import TrainState
 
 _METHODS = {"random": static_nas.random_search, "evolution": static_nas.evolution}
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "Folder of a finished run. Required.")
+    comparison.define_flags()
     flags.DEFINE_enum("method", "evolution", sorted(_METHODS), "How architectures are proposed.")
     flags.DEFINE_integer("evaluations", 100, "Architectures to evaluate.", lower_bound=1)
     flags.DEFINE_integer(
@@ -42,10 +42,6 @@ def _define_flags() -> None:
         "Training images of an evaluation, in whole batches of pretraining.",
         lower_bound=1,
     )
-    flags.DEFINE_string(
-        "variant", "", "Whose table latency is the budget; empty: the most accurate."
-    )
-    flags.DEFINE_string("data_dir", "", "Folder of TFDS's data sets.")
 
 
 def search(
@@ -90,69 +86,12 @@ def _calibration_batches(pipeline: Pipeline, images: int, *, seed: int) -> list[
     return [parallel.shard(dict(batch)) for batch in batches]
 
 
-def report(
-    pipeline: Pipeline,
-    *,
-    statics: dict[str, tuple[TrainState, np.ndarray]],
-    variant: str,
-    networks: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """A row each for static networks and the variant, timed in turn: accuracies and milliseconds,
-    and what results.json says else of static networks.
-
-    Args:
-      statics: by name, a state on the host and its architecture [L, O].
-      networks: the variant's "supernet" and "controller".
-    """
-    dataset, setting = pipeline.dataset, pipeline.setting
-    answering = dataclasses.replace(next(iter(statics.values()))[0], **networks)
-    timed = min(pipeline.config.run.timed_images, len(dataset.test))
-    measured = timing.time_networks(
-        setting,
-        statics=statics,
-        variants={variant: answering},
-        images=dataset.test.take(np.arange(timed)).images,
-        threads=pipeline.config.run.inference_threads,
-    )
-
-    def row(name: str, state: TrainState, architecture: np.ndarray | None) -> dict[str, Any]:
-        accuracies = {
-            f"{split}_accuracy": pipeline.evaluate(
-                state, getattr(dataset, split), architecture=architecture
-            ).accuracy
-            for split in ("test", "validation")
-        }
-        return {"name": name, **accuracies, **results.timing_fields(measured[name])}
-
-    return [
-        {
-            **row(name, state, architecture),
-            **results.static_cost(setting.spec, architecture, pipeline.table),
-        }
-        for name, (state, architecture) in statics.items()
-    ] + [row(variant, answering, None)]
-
-
 def _run() -> None:
     values = flags.FLAGS
-    run = trained_run.open_run(values.workdir or "")
-    variant = trained_run.choose_variant(run, values.variant)
-    budget_ms = trained_run.budget_curve(run, variant).as_trained_ms
-    networks = trained_run.restore_networks(run, variant)
-    config = run.config
-    dataset = data.load(
-        run.dataset.name,
-        data_dir=values.data_dir or None,
-        validation_size=config.data.validation_size,
-        train_limit=config.data.train_limit or None,
-        test_limit=config.data.test_limit or None,
-        image_size=config.model.image_size,
-    )
-    # Metrics of its own: those of the run are complete.
-    path = run.files.path / f"static_search_{values.method}.json"
-    writer = metrics.JsonlWriter(path.with_suffix(".metrics.jsonl"))
-    workdir = Workdir(values.workdir, config=config.to_json(), flags_text="")
-    pipeline = Pipeline(config, dataset=dataset, workdir=workdir, writer=writer)
+    finished = comparison.open_finished()
+    curve = trained_run.budget_curve(finished.run, finished.variant)
+    path = finished.run.files.path / f"static_search_{values.method}.json"
+    pipeline = comparison.open_pipeline(finished, path)
     try:
         pretrained = pipeline.pretrained()
         evaluated = search(
@@ -162,7 +101,7 @@ def _run() -> None:
             evaluations=values.evaluations,
             images=values.images,
             calibration_images=values.calibration_images,
-            budget_ms=budget_ms,
+            budget_ms=curve.as_trained_ms,
         )
         best = max(evaluated, key=lambda member: member.fitness)
         architecture = best.architecture.astype(np.float32)
@@ -174,15 +113,16 @@ def _run() -> None:
         # Another architecture is another training.
         digest = zlib.crc32(np.packbits(best.architecture).tobytes())
         found = pipeline.train_static(f"static_{digest:08x}", architecture, pretrained)
-        mobilenetv2 = search_space.uniform_architecture(pipeline.spec, search_space.MOBILENETV2_OP)
-        baseline = pipeline.train_static("mobilenetv2", mobilenetv2, pretrained)
+        baseline = comparison.train_mobilenetv2(pipeline, pretrained)
     finally:
-        writer.close()
-    rows = report(
-        pipeline,
-        statics={"mobilenetv2": (baseline, mobilenetv2), "found": (found, architecture)},
-        variant=variant,
-        networks=networks,
+        pipeline.writer.close()
+    compared = comparison.rows(
+        {
+            "mobilenetv2": baseline,
+            "found": Entrant(pipeline, found, architecture),
+            finished.variant: comparison.of_variant(finished, baseline),
+        },
+        finished.dataset,
     )
     write_json(
         path,
@@ -191,15 +131,13 @@ def _run() -> None:
             "evaluations": len(evaluated),
             "images": values.images,
             "calibration_images": values.calibration_images,
-            "budget_ms": budget_ms,
+            "budget_ms": curve.as_trained_ms,
             "architecture": text,
             "fitness": [member.fitness for member in evaluated],
-            "rows": rows,
+            "rows": compared,
         },
     )
-    for row in rows:
-        accuracy, milliseconds = row["test_accuracy"], row["measured_ms"]
-        print(f"{row['name']}: {100 * accuracy:.2f} % in {milliseconds:.3f} ms")
+    comparison.print_rows(compared)
     print(f"written to {path}")
 
 

@@ -3,8 +3,9 @@
 The functions start that process on CPUs; see `environment.configure_cpu`.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -57,58 +58,53 @@ def profile(spec: SupernetSpec, rounds: int) -> LatencyTable:
         return profiling.measure(spec, rounds=rounds, on_round=bar.update)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Timed:
+    """A network to time.
+
+    Attributes:
+      state: on the host.
+      architecture: [L, O] that it runs; None: what its own controller decides.
+    """
+
+    setting: Setting
+    state: TrainState
+    architecture: np.ndarray | None = None
+
+
 def time_networks(
-    setting: Setting,
-    *,
-    statics: dict[str, tuple[TrainState, np.ndarray]],
-    variants: dict[str, TrainState],
-    images: Iterable[np.ndarray],
-    threads: int,
+    networks: dict[str, Timed], *, images: Iterable[np.ndarray], threads: int
 ) -> dict[str, np.ndarray]:
     """Milliseconds of every network on every image, one at a time, in turn.
 
     Args:
-      statics: by name, a state on the host and the architecture [L, O] that it runs.
-      variants: by name, a state on the host.
       images: uint8 [H, W, 3].
       threads: see `environment.configure_cpu`.
 
     Returns:
       For each name an array [number of images].
     """
-    return environment.in_inference_process(
-        _time_networks, setting, statics, variants, images, threads=threads
-    )
+    return environment.in_inference_process(_time_networks, networks, images, threads=threads)
 
 
 def _time_networks(
-    setting: Setting,
-    statics: dict[str, tuple[TrainState, np.ndarray]],
-    variants: dict[str, TrainState],
-    images: Iterable[np.ndarray],
+    networks: dict[str, Timed], images: Iterable[np.ndarray]
 ) -> dict[str, np.ndarray]:
+    make = [functools.partial(_make_predictor, network) for network in networks.values()]
+    predictors = environment.run_together(make)
+    return inference.time_in_turn(dict(zip(networks, predictors, strict=True)), images)
+
+
+def _make_predictor(network: Timed) -> inference.Predict:
+    setting, state = network.setting, network.state
     common: dict[str, Any] = {
+        "supernet_variables": state.supernet,
         "mean": setting.mean,
         "std": setting.std,
         "lowering": setting.lowering,
     }
-    make: dict[str, Callable[[], inference.Predict]] = {
-        name: functools.partial(
-            inference.make_static_predictor,
-            setting.spec,
-            supernet_variables=state.supernet,
-            architecture=architecture,
-            **common,
+    if network.architecture is not None:
+        return inference.make_static_predictor(
+            setting.spec, architecture=network.architecture, **common
         )
-        for name, (state, architecture) in statics.items()
-    }
-    for name, state in variants.items():
-        make[name] = functools.partial(
-            inference.make_predictor,
-            setting.spec,
-            supernet_variables=state.supernet,
-            controller_variables=state.controller,
-            **common,
-        )
-    predictors = environment.run_together(list(make.values()))
-    return inference.time_in_turn(dict(zip(make, predictors, strict=True)), images)
+    return inference.make_predictor(setting.spec, controller_variables=state.controller, **common)

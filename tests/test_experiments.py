@@ -19,6 +19,7 @@ from experiments import (
     digits,
     evaluation,
     imagenet,
+    mobilenetv2_widths,
     recipe,
     run,
     stage_runner,
@@ -225,6 +226,42 @@ def test_a_static_search_answers_beside_the_variant(tmp_path, fake_data, capsys,
     shutil.rmtree(path / "checkpoints/pretrain")
     with pytest.raises(InputError, match="lacks the pretrained supernet"):
         static_search._run()
+
+
+def test_widths_from_scratch_answer_beside_the_variant(tmp_path, fake_data, capsys, monkeypatch):
+    path = tmp_path / "run"
+    parse(*TINY, f"--workdir={path}")
+    run._run("synthetic")
+    written = json.loads((path / "results.json").read_text())
+    wanted = {"workdir": str(path), "variant": "A", "data_dir": ""}
+
+    def compare(*widths: str) -> list[dict]:
+        values = SimpleNamespace(**wanted, widths=list(widths))
+        monkeypatch.setattr(mobilenetv2_widths.flags, "FLAGS", values)
+        mobilenetv2_widths._run()
+        return json.loads((path / "mobilenetv2_widths.json").read_text())["rows"]
+
+    narrow, wide, baseline, variant = compare("1", "0.5")
+    assert [narrow["name"], wide["name"]] == ["mobilenetv2_0.5", "mobilenetv2_1"]
+    assert narrow["params"] < wide["params"] == baseline["params"]
+    assert variant["test_accuracy"] == written["variants"][0]["test_accuracy"]
+    assert baseline["test_accuracy"] == written["static"][0]["test_accuracy"]
+    # As many as a variant's weights have seen, 64 images in batches of 16: 0.5 passes of
+    # pretraining, half of the search's 1, and 0.25 of finetuning.
+    folder = path / "mobilenetv2_widths/0.5"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {row["stage"] for row in rows} == {"finetune_scratch_mobilenetv2"}
+    assert max(row["step"] for row in rows) == 5
+    stage = "checkpoints/finetune_scratch_mobilenetv2"
+    kept = {width: (path / "mobilenetv2_widths" / width / stage) for width in ("0.5", "1")}
+    before = {width: sorted(p.stat().st_mtime_ns for p in kept[width].rglob("*")) for width in kept}
+    assert compare("0.5", "1")[0]["test_accuracy"] == narrow["test_accuracy"]
+    for width, times in before.items():  # Trained already.
+        assert sorted(p.stat().st_mtime_ns for p in kept[width].rglob("*")) == times
+    assert "mobilenetv2_0.5: " in capsys.readouterr().out
+    for widths, message in (("", "is empty"), ("x", "name numbers"), ("9", "--width=9")):
+        with pytest.raises(InputError, match=message):
+            compare(*widths)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

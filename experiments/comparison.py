@@ -1,0 +1,129 @@
+"""What programs share that set other networks beside a finished run's variant."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from experiments import results, timing, trained_run
+from experiments.pipeline import Pipeline
+from experiments.trained_run import TrainedRun
+from experiments.workdir import Workdir
+from instanas_jax import data, metrics, search_space
+from instanas_jax.train_state import TrainState
+
+
+def define_flags() -> None:
+    """Of every such program."""
+    flags.DEFINE_string("workdir", None, "Folder of a finished run. Required.")
+    flags.DEFINE_string("variant", "", "Whom to compare with; empty: the most accurate variant.")
+    flags.DEFINE_string("data_dir", "", "Folder of TFDS's data sets.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A run with results, one of its variants, and the run's data."""
+
+    run: TrainedRun
+    variant: str
+    networks: dict[str, Any]  # The variant's "supernet" and "controller".
+    dataset: data.Dataset
+
+
+def open_finished() -> Finished:
+    """The one that the flags name; InputError where it lacks something."""
+    values = flags.FLAGS
+    run = trained_run.open_run(values.workdir or "")
+    variant = trained_run.choose_variant(run, values.variant)
+    networks = trained_run.restore_networks(run, variant)
+    dataset = data.load(
+        run.dataset.name,
+        data_dir=values.data_dir or None,
+        validation_size=run.config.data.validation_size,
+        train_limit=run.config.data.train_limit or None,
+        test_limit=run.config.data.test_limit or None,
+        image_size=run.config.model.image_size,
+    )
+    return Finished(run, variant, networks, dataset)
+
+
+def open_pipeline(finished: Finished, report: Path) -> Pipeline:
+    """Of the run itself, with metrics of its own beside `report`: those of the run are complete.
+
+    Who trains by it closes its writer.
+    """
+    config = finished.run.config
+    writer = metrics.JsonlWriter(report.with_suffix(".metrics.jsonl"))
+    workdir = Workdir(str(finished.run.files.path), config=config.to_json(), flags_text="")
+    return Pipeline(config, dataset=finished.dataset, workdir=workdir, writer=writer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entrant:
+    """A network among those compared.
+
+    Attributes:
+      pipeline: of its supernet: who evaluates it, and the latency table.
+      state: on the host.
+      architecture: [L, O] that it runs; None: what its own controller decides.
+    """
+
+    pipeline: Pipeline
+    state: TrainState
+    architecture: np.ndarray | None = None
+
+
+def train_mobilenetv2(pipeline: Pipeline, pretrained: TrainState) -> Entrant:
+    """The run's own static baseline, which most runs have trained already."""
+    architecture = search_space.uniform_architecture(pipeline.spec, search_space.MOBILENETV2_OP)
+    state = pipeline.train_static("mobilenetv2", architecture, pretrained)
+    return Entrant(pipeline, state, architecture)
+
+
+def of_variant(finished: Finished, baseline: Entrant) -> Entrant:
+    """The variant, whose optimizers nobody asks for: they are the baseline's."""
+    return Entrant(baseline.pipeline, dataclasses.replace(baseline.state, **finished.networks))
+
+
+def rows(entrants: dict[str, Entrant], dataset: data.Dataset) -> list[dict[str, Any]]:
+    """A row each, timed in turn: accuracies and milliseconds, and what results.json says else of
+    static networks. Reads the test split.
+
+    Args:
+      entrants: by name, all of one data set.
+    """
+    config = next(iter(entrants.values())).pipeline.config.run
+    timed = dataset.test.take(np.arange(min(config.timed_images, len(dataset.test)))).images
+    measured = timing.time_networks(
+        {
+            name: timing.Timed(one.pipeline.setting, one.state, one.architecture)
+            for name, one in entrants.items()
+        },
+        images=timed,
+        threads=config.inference_threads,
+    )
+
+    def row(name: str, one: Entrant) -> dict[str, Any]:
+        pipeline, accuracies = one.pipeline, {}
+        for split in ("test", "validation"):
+            answers = pipeline.evaluate(
+                one.state, getattr(dataset, split), architecture=one.architecture
+            )
+            accuracies[f"{split}_accuracy"] = answers.accuracy
+        cost = (
+            {}
+            if one.architecture is None
+            else results.static_cost(pipeline.spec, one.architecture, pipeline.table)
+        )
+        return {"name": name, **accuracies, **cost, **results.timing_fields(measured[name])}
+
+    return [row(name, one) for name, one in entrants.items()]
+
+
+def print_rows(compared: list[dict[str, Any]]) -> None:
+    """A line each."""
+    for row in compared:
+        accuracy, milliseconds = row["test_accuracy"], row["measured_ms"]
+        print(f"{row['name']}: {100 * accuracy:.2f} % in {milliseconds:.3f} ms")
