@@ -5,7 +5,7 @@ python -m benchmarks.scaling --output=benchmarks/results/scaling.json
 Each number of devices has a process of its own, one after the other, which takes the first so many
 of the local accelerators; numbers beyond what is there are left out. Where there are only CPUs, XLA
 splits the host into so many devices, which share its cores: there is no speed to gain, and the
-rows show what dividing a batch costs, and that it changes nothing.
+rows show what dividing a batch costs, and that it changes no more than rounding does.
 
 Rows, after the number of devices:
 
@@ -20,9 +20,9 @@ Rows, after the number of devices:
                          took it on one device
 
 Those two also as 1_device_rounding_...: on one device, from a start whose parameters are moved by
-one unit in the last place, up or down. Fresh networks amplify rounding, by a thousand in the
-first update and by tens in each that follows, so a difference says something only beside this one:
-dividing a batch changes the order of its sums, and ought to change no more than that.
+one unit in the last place, up or down. Fresh networks amplify rounding with every update, so a
+difference says something only beside this one: dividing a batch changes the order of its sums, and
+ought to change no more than that.
 """
 
 import concurrent.futures
@@ -172,12 +172,13 @@ def _measure(devices: int, options: Options) -> Measured:
 
 
 def _nudge(state: train_state.TrainState) -> train_state.TrainState:
-    """The supernet's parameters one unit in the last place away, up or down by chance."""
+    """The supernet's parameters one unit in the last place away, up or down; zeros stay."""
     signs = np.random.default_rng(0)
 
     def nudge(leaf: Any) -> np.ndarray:
         towards = np.where(signs.integers(2, size=leaf.shape), np.inf, -np.inf)
-        return np.nextafter(leaf, towards.astype(leaf.dtype))
+        moved = np.nextafter(leaf, towards.astype(leaf.dtype))
+        return np.where(leaf == 0.0, leaf, moved)
 
     params = jax.tree.map(nudge, state.supernet["params"])
     return dataclasses.replace(state, supernet={**state.supernet, "params": params})

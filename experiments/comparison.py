@@ -37,6 +37,7 @@ def open_finished() -> Finished:
     values = flags.FLAGS
     run = trained_run.open_run(values.workdir or "")
     variant = trained_run.choose_variant(run, values.variant)
+    trained_run.results_row(run, variant)  # A run without results is told so before the work.
     networks = trained_run.restore_networks(run, variant)
     dataset = data.load(
         run.dataset.name,
@@ -56,7 +57,7 @@ def open_pipeline(finished: Finished, report: Path) -> Pipeline:
     """
     config = finished.run.config
     writer = metrics.JsonlWriter(report.with_suffix(".metrics.jsonl"))
-    workdir = Workdir(str(finished.run.files.path), config=config.to_json(), flags_text="")
+    workdir = Workdir(str(finished.run.files.path), config=config, flags_text="")
     return Pipeline(config, dataset=finished.dataset, workdir=workdir, writer=writer)
 
 
@@ -95,13 +96,12 @@ def rows(entrants: dict[str, Entrant], dataset: data.Dataset) -> list[dict[str, 
       entrants: by name, all of one data set.
     """
     config = next(iter(entrants.values())).pipeline.config.run
-    timed = dataset.test.take(np.arange(min(config.timed_images, len(dataset.test)))).images
     measured = timing.time_networks(
         {
             name: timing.Timed(one.pipeline.setting, one.state, one.architecture)
             for name, one in entrants.items()
         },
-        images=timed,
+        images=results.timed_images(config, dataset),
         threads=config.inference_threads,
     )
 

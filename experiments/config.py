@@ -172,9 +172,22 @@ class Config:
             parts["run"] = dataclasses.replace(parts["run"], static_ops=static_ops)
             for section, _, prefix in sections():
                 validate_section(parts[section], prefix=prefix)
-            return cls(dataset=values["dataset"], **parts)
+            config = cls(dataset=values["dataset"], **parts)
+            check_together(config)
+            return config
         except (KeyError, TypeError) as error:
             raise InputError(f"a setting is missing, unknown or of another type: {error}") from None
+
+
+def check_together(config: Config) -> None:
+    """InputError where parts of a configuration do not fit each other."""
+    count = len(config.search.start_ops)
+    cells = config.model.spec(num_classes=2).num_cells
+    if count not in (0, 1, cells):
+        raise InputError(
+            f"--search_start_op names {count} ops: name one for all cells, or one for each of the "
+            f"{cells} of --preset={config.model.preset}"
+        )
 
 
 _PREFIXES = {"pretrain": "pretrain_", "search": "search_", "finetune": "finetune_"}
@@ -196,11 +209,16 @@ def validate_section(section: Any, *, prefix: str = "") -> None:
                 "--search_advantage=leave_one_out compares an image's samples: draw "
                 f"--search_samples of 2 or more, not {section.samples}"
             )
-        for name in section.start_ops:
-            op_index(name)
+        unknown = {*section.start_ops} - {op.name for op in CANDIDATE_OPS}
+        if unknown:
+            raise InputError(
+                f"--{prefix}start_op={section.start_op}: unknown op '{min(unknown)}', choose from "
+                f"{', '.join(op.name for op in CANDIDATE_OPS)}"
+            )
         if section.scope == "depth" and not section.start_op:
             raise InputError(
-                "--search_scope=depth decides where one op runs: name it by --search_start_op"
+                "--search_scope=depth decides where a cell's op runs: name one for all cells, or "
+                "one for each, by --search_start_op"
             )
     if isinstance(section, RunConfig):
         if not section.static_ops:

@@ -101,7 +101,9 @@ def read(dataset: str) -> config_lib.Config:
         section: read_section(kind, prefix=prefix)
         for section, kind, prefix in config_lib.sections()
     }
-    return config_lib.Config(dataset=dataset, **parts)
+    config = config_lib.Config(dataset=dataset, **parts)
+    config_lib.check_together(config)
+    return config
 
 
 def read_section(kind: type, *, prefix: str = "") -> Any:

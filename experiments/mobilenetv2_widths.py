@@ -7,7 +7,7 @@ many images as a variant's weights did, those of pretraining included, by the pr
 schedule, answers the test split once, and is timed in turn with the variant and the run's own
 MobileNetV2, which began in the supernet. Writes mobilenetv2_widths.json into the run's folder, and
 a folder for each width with its latency table, metrics and checkpoints; the same command again
-resumes the training.
+resumes the training. The tables are of different moments: compare measured times.
 """
 
 import dataclasses
@@ -34,14 +34,17 @@ def _read_models(like: ModelConfig) -> list[ModelConfig]:
         raise InputError("--widths is empty: name width multipliers, 0.25,0.5")
     models = [dataclasses.replace(like, width=width) for width in widths]
     for model in models:
-        validate_section(model)
+        try:
+            validate_section(model)
+        except InputError as error:
+            raise InputError(f"--widths={','.join(texts)}: as {error}") from None
     return models
 
 
 def _train(finished: Finished, model: ModelConfig) -> Entrant:
     config = dataclasses.replace(finished.run.config, model=model)
-    path = finished.run.files.path / "mobilenetv2_widths" / f"{model.width:g}"
-    workdir = Workdir(str(path), config=config.to_json(), flags_text="")
+    path = finished.run.files.path / "mobilenetv2_widths" / str(model.width)
+    workdir = Workdir(str(path), config=config, flags_text="")
     writer = metrics.JsonlWriter(workdir.metrics)
     try:
         pipeline = Pipeline(config, dataset=finished.dataset, workdir=workdir, writer=writer)
@@ -62,7 +65,7 @@ def _run() -> None:
         baseline = comparison.train_mobilenetv2(own, own.pretrained())
     finally:
         own.writer.close()
-    entrants = {f"mobilenetv2_{model.width:g}": _train(finished, model) for model in models}
+    entrants = {f"mobilenetv2_{model.width}": _train(finished, model) for model in models}
     entrants["mobilenetv2"] = baseline
     entrants[finished.variant] = comparison.of_variant(finished, baseline)
     compared = comparison.rows(entrants, finished.dataset)

@@ -29,7 +29,7 @@ class Answer:
     """What a variant makes of one image. Times are of the whole image, in milliseconds."""
 
     classes: list[tuple[str, float]]  # Names with their probabilities, the likeliest first.
-    architecture: np.ndarray  # [L, O], the mask of the controller.
+    architecture: np.ndarray  # [L, O], the mask that ran.
     table_ms: float  # The table's active paths and fixed parts.
     measured_ms: float  # Median of calls one after another, here and now.
 
@@ -201,7 +201,7 @@ def main() -> None:
         "latency_limit_ms",
         None,
         "What no image is to take more than, by the run's latency table: of its paths the surest "
-        "run that fit. Empty: no limit.",
+        "run that fit, after --latency_budget_ms, whose mean falls by it. Empty: no limit.",
     )
     flags.DEFINE_integer("top", 3, "Classes to name for each image.", lower_bound=1)
     flags.DEFINE_bool(

@@ -17,7 +17,6 @@ from instanas_jax import (
     search_space,
     stages,
 )
-from instanas_jax.errors import InputError
 from instanas_jax.search_space import SupernetSpec
 from instanas_jax.stage import Setting, Stage
 
@@ -66,13 +65,8 @@ def search_settled(spec: SupernetSpec, section: SearchConfig) -> policy.Settled:
 
 
 def _start_paths(spec: SupernetSpec, section: SearchConfig) -> np.ndarray:
-    """bool [L, O], each cell's start op; InputError unless one is named for all, or for each."""
+    """bool [L, O], each cell's start op."""
     ops = [search_space.op_index(name) for name in section.start_ops]
-    if len(ops) not in (0, 1, spec.num_cells):
-        raise InputError(
-            f"--search_start_op names {len(ops)} ops: name one for all cells, or {spec.num_cells}, "
-            "one for each"
-        )
     paths = np.zeros(spec.mask_shape, bool)
     if ops:
         paths[np.arange(spec.num_cells), ops] = True

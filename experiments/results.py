@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 from experiments import evaluation, policy_study, timing
-from experiments.config import Config
+from experiments.config import Config, RunConfig
 from instanas_jax import (
     controller,
     cost,
@@ -48,12 +48,11 @@ def collect(
     Returns:
       The contents of results.json.
     """
-    timed = dataset.test.take(np.arange(min(config.run.timed_images, len(dataset.test)))).images
     measured = parallel.from_first(
         lambda: timing.time_networks(
             {name: timing.Timed(setting, *static) for name, static in statics.items()}
             | {name: timing.Timed(setting, state) for name, state in variants.items()},
-            images=timed,
+            images=timed_images(config.run, dataset),
             threads=config.run.inference_threads,
         )
     )
@@ -170,6 +169,11 @@ def static_cost(
         "flops": float(flops[running].sum()) + fixed.flops,
         "params": int(params[running].sum()) + fixed.params,
     }
+
+
+def timed_images(section: RunConfig, dataset: data.Dataset) -> np.ndarray:
+    """Test images on which networks are timed."""
+    return dataset.test.take(np.arange(min(section.timed_images, len(dataset.test)))).images
 
 
 def timing_fields(milliseconds: np.ndarray) -> dict[str, float]:

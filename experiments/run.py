@@ -34,7 +34,7 @@ def _run(dataset_name: str) -> None:
     def open_workdir() -> Workdir:
         workdir = Workdir(
             flags.FLAGS.workdir or "",
-            config=config.to_json(),
+            config=config,
             flags_text=flags_lib.as_flagfile(),
         )
         dataset_summary.keep(dataset, workdir.dataset)

@@ -100,7 +100,7 @@ class SearchConfig:
     @property
     def start_ops(self) -> tuple[str, ...]:
         """Of all cells, or of each; none where no op begins likelier than others."""
-        return tuple(self.start_op.split(",")) if self.start_op else ()
+        return tuple(name.strip() for name in self.start_op.split(",")) if self.start_op else ()
 
 
 @dataclasses.dataclass(frozen=True)

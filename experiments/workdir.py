@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from experiments.config import Config
 from instanas_jax import environment
 from instanas_jax.errors import InputError
 
@@ -32,21 +33,22 @@ class Workdir(RunFiles):
 
     Args:
       path: made where absent.
-      config: the run's configuration as plain JSON values.
+      config: the run's. Settings that an older version's folder does not name have defaults.
       flags_text: the flags in the form of a flagfile, kept for the record.
 
     Raises:
       InputError: the folder holds another configuration's run, or cannot be written.
     """
 
-    def __init__(self, path: str, *, config: dict[str, Any], flags_text: str):
+    def __init__(self, path: str, *, config: Config, flags_text: str):
         super().__init__(path)
         self._claim(config, flags_text)
 
-    def _claim(self, config: dict[str, Any], flags_text: str) -> None:
+    def _claim(self, config: Config, flags_text: str) -> None:
         try:
             if self.config.exists():
-                _check_same(self.path, json.loads(self.config.read_text()), config)
+                there = self._parse(json.loads(self.config.read_text()))
+                _check_same(self.path, there.to_json(), config.to_json())
                 return
             if self.path.exists() and any(self.path.iterdir()):
                 raise InputError(
@@ -56,7 +58,7 @@ class Workdir(RunFiles):
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "flags.txt", flags_text + "\n")
             write_json(self.path / "versions.json", environment.describe_versions())
-            write_json(self.config, config)
+            write_json(self.config, config.to_json())
         except ValueError as error:
             if isinstance(error, InputError):
                 raise
@@ -67,6 +69,14 @@ class Workdir(RunFiles):
             raise InputError(
                 f"--workdir={self.path} cannot be used ({error.strerror}): name a folder that "
                 "can be written"
+            ) from error
+
+    def _parse(self, values: Any) -> Config:
+        try:
+            return Config.from_json(values)
+        except InputError as error:
+            raise InputError(
+                f"{self.config} does not fit this program ({error}): name another --workdir"
             ) from error
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from instanas_jax import latency, policy
 from instanas_jax.errors import InputError
 from instanas_jax.latency import LatencyTable
-from instanas_jax.search_space import SupernetSpec
+from instanas_jax.search_space import FORCED_OP, SupernetSpec
 
 # Quantiles of the undecided logits at which the curve is known: of 128, neighbours are less than
 # one image in a hundred of one path apart.
@@ -146,24 +146,46 @@ class Limit:
     def masks(self, policy_logits: jax.Array) -> jax.Array:
         """Of an image's paths that are on, the surest that fit the limit; [B, L, O]. Traceable.
 
-        With none of them an image takes the least there is, and always fits (`limit`).
+        A forced cell keeps the surest of its own whatever it takes: without one it would run the
+        forced op, for which the image was not trained and which may be slower.
 
         Args:
           policy_logits: [B, L, O].
         """
-        shape, undecided = policy_logits.shape, ~(self.settled.on | self.settled.off)
-        logits = policy_logits.reshape(shape[0], -1)[:, undecided.ravel()]
-        # Rank 0 is the surest. Kept are those of a rank below k, for every k.
-        ranks = jnp.argsort(jnp.argsort(-logits, axis=-1), axis=-1)
-        counts = jnp.arange(logits.shape[-1] + 1)
-        kept = (ranks < counts[:, None, None]) & (logits >= 0.0)
-        on = jnp.broadcast_to(self.settled.on.ravel(), (*kept.shape[:2], undecided.size))
-        masks = on.at[..., undecided.ravel()].set(kept).reshape(len(counts), *shape)
+        always, undecided = jnp.asarray(self.settled.on), ~(self.settled.on | self.settled.off)
+        on = jnp.asarray(undecided) & (policy_logits >= 0.0)
+        in_cell = jnp.argmax(jnp.where(on, policy_logits, -jnp.inf), axis=-1)
+        surest = on & jax.nn.one_hot(in_cell, on.shape[-1], dtype=bool)
+        least = always | surest & _cells_in_need(self.forced_cells, self.settled)[:, None]
+        spare = on & ~least
+        masks = least | spare & (_ranks(spare, policy_logits) < _counts(undecided))
         masks = masks.astype(jnp.float32)
         cells_ms = self.prices.cells_ms(masks, self.forced_cells)
         fits = cells_ms <= self.limit_ms - self.prices.constant_ms
-        most = jnp.max(jnp.where(fits, counts[:, None], 0), axis=0)
+        most = jnp.max(jnp.where(fits, jnp.arange(len(masks))[:, None], 0), axis=0)
         return jnp.take_along_axis(masks, most[None, :, None, None], axis=0)[0]
+
+
+def _cells_in_need(forced_cells: np.ndarray, settled: policy.Settled) -> np.ndarray:
+    """Cells [L] that can't be empty and have no path for certain."""
+    return np.asarray(forced_cells) & ~settled.on.any(axis=-1)
+
+
+def _ranks(spare: jax.Array, policy_logits: jax.Array) -> jax.Array:
+    """Place of each spare path of an image by its logit, 0 the highest; [B, L, O].
+
+    By comparing all pairs, a few thousand: XLA's sort on CPUs is a call of its own.
+    """
+    scores = jnp.where(spare, policy_logits, -jnp.inf).reshape(len(spare), -1)
+    above = scores[:, None, :] > scores[:, :, None]
+    first = np.tri(scores.shape[-1], k=-1, dtype=bool)  # Of equals, the earlier.
+    equal = (scores[:, None, :] == scores[:, :, None]) & first
+    return jnp.sum(above | equal, axis=-1).reshape(spare.shape)
+
+
+def _counts(undecided: np.ndarray) -> np.ndarray:
+    """0, 1, ... to as many paths as an image may spare; [counts, 1, 1, 1]."""
+    return np.arange(undecided.sum() + 1)[:, None, None, None]
 
 
 def limit(
@@ -172,12 +194,18 @@ def limit(
     """The limit of a policy that has settled what it has settled.
 
     Raises:
-      InputError: an image takes longer, whatever it leaves away.
+      InputError: not every image is sure to keep it, whatever it leaves away.
     """
-    least_ms = float(latency.image_ms(table, settled.on, spec.forced_cells, settled))
-    if not limit_ms >= least_ms - _ROUNDING_MS:
+    prices = latency.prices(table, settled)
+    always_ms = float(latency.image_ms(table, settled.on, spec.forced_cells, settled))
+    in_need = _cells_in_need(spec.forced_cells, settled)
+    # Cells in need are counted with the forced op there; their slowest path may be another.
+    slowest = np.where(settled.may_run(spec.forced_cells), prices.rows_ms, 0.0).max(axis=-1)
+    more_ms = np.sum((slowest - prices.rows_ms[:, FORCED_OP])[in_need])
+    sure_ms = always_ms + float(more_ms)
+    if not limit_ms >= sure_ms - _ROUNDING_MS:
         raise InputError(
-            f"a limit of {limit_ms:g} ms is out of this variant's reach: by its table an image "
-            f"takes {least_ms:.3f} ms or more, choose another variant or a limit from there"
+            f"a limit of {limit_ms:g} ms is out of this variant's reach: by its table, no image is "
+            f"sure to take less than {sure_ms:.3f} ms, choose a limit from there or another variant"
         )
-    return Limit(limit_ms, latency.prices(table, settled), spec.forced_cells, settled)
+    return Limit(limit_ms, prices, spec.forced_cells, settled)

@@ -141,7 +141,8 @@ def test_something_else_is_no_curve(values):
 class TestLimit:
     RNG = np.random.default_rng(7)
     SETTLED = policy.Settled(
-        on=RNG.uniform(size=SPEC.mask_shape) < 0.1, off=np.zeros(SPEC.mask_shape, bool)
+        on=np.arange(20).reshape(SPEC.mask_shape) == 2,  # One path of cell 0.
+        off=np.isin(np.arange(20).reshape(SPEC.mask_shape), (3, 6, 12)),
     )
     LOGITS = RNG.normal(0.5, 1.0, size=(50, *SPEC.mask_shape)).astype(np.float32)
 
@@ -151,29 +152,44 @@ class TestLimit:
     def times(self, masks) -> np.ndarray:
         return latency.image_ms(TABLE, masks, SPEC.forced_cells, self.SETTLED)
 
+    def least_masks(self) -> np.ndarray:
+        """Every way to run what is settled and, in a forced cell without, one path or none."""
+        bare = self.SETTLED.on.astype(np.float32)
+        masks = [bare]
+        for cell in np.flatnonzero(SPEC.forced_cells & ~self.SETTLED.on.any(axis=-1)):
+            for mask in list(masks):
+                for op in np.flatnonzero(~self.SETTLED.off[cell]):
+                    masks.append(mask.copy())
+                    masks[-1][cell, op] = 1.0
+        return np.stack(masks)
+
+    @property
+    def sure_ms(self) -> float:
+        return float(self.times(self.least_masks()).max())
+
     @pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
     def test_every_image_runs_the_surest_of_its_paths_that_fit(self, share):
         unlimited = budget.masks_at(0.0, self.LOGITS, self.SETTLED)
-        least_ms = float(self.times(self.SETTLED.on))
-        limit_ms = least_ms + share * (self.times(unlimited).max() - least_ms)
-        limit = self.limit(limit_ms)
-        masks = np.asarray(jax.jit(limit.masks)(self.LOGITS))
+        limit_ms = self.sure_ms + share * (self.times(unlimited).max() - self.sure_ms)
+        masks = np.asarray(jax.jit(self.limit(limit_ms).masks)(self.LOGITS))
         assert (self.times(masks) <= limit_ms + 1e-4).all()
         assert masks[:, self.SETTLED.on].all() and (masks <= unlimited).all()
+        # A cell that can't be empty keeps a path where it has one.
+        forced = SPEC.forced_cells
+        np.testing.assert_array_equal(
+            masks[:, forced].any(axis=-1), unlimited[:, forced].any(axis=-1)
+        )
         left_away = (unlimited > masks).any(axis=(1, 2))
         assert left_away.any() and (share == 0.0 or not left_away.all())
-        undecided = ~self.SETTLED.on
         for logits, mask, whole in zip(self.LOGITS, masks, unlimited, strict=True):
-            candidates = np.argwhere((whole > mask) & undecided)
-            if not len(candidates):
-                continue
-            kept = logits[(mask > 0.5) & undecided]
-            surest = max(candidates, key=lambda path: logits[tuple(path)])
-            assert not kept.size or logits[tuple(surest)] <= kept.min()
-            # No more of them would fit, however many are added, surest first.
+            away = sorted(np.argwhere(whole > mask).tolist(), key=lambda path: -logits[*path])
+            for cell, op in away[:1]:  # Less sure than all that stays, but for cells in need.
+                stays = (mask > 0.5) & ~self.SETTLED.on
+                stays &= ~(forced[:, None] & (stays.sum(axis=-1) == 1)[:, None])
+                assert not stays.any() or logits[cell, op] <= logits[stays].min()
             more = mask.copy()
-            for path in sorted(candidates, key=lambda path: -logits[tuple(path)]):
-                more[tuple(path)] = 1.0
+            for path in away:  # However many are added, surest first.
+                more[*path] = 1.0
                 assert self.times(more) > limit_ms
 
     def test_one_that_no_image_meets_changes_nothing(self):
@@ -181,8 +197,24 @@ class TestLimit:
         masks = self.limit(float(self.times(unlimited).max()) + 1.0).masks(self.LOGITS)
         np.testing.assert_array_equal(masks, unlimited)
 
+    def test_of_equally_sure_paths_the_earlier_ones_run(self):
+        logits = np.full((1, *SPEC.mask_shape), -1.0, np.float32)
+        logits[0, 2, [0, 1, 4]] = 1.0  # 11, 12 and 15 ms.
+        one, two = logits.copy(), logits.copy()
+        one[0, 2, [1, 4]] = -1.0
+        two[0, 2, 4] = -1.0
+        for fewer in (one, two):
+            expected = budget.masks_at(0.0, fewer, self.SETTLED)
+            limited = self.limit(float(self.times(expected)[0])).masks(logits)
+            np.testing.assert_array_equal(limited, expected)
+
     @pytest.mark.parametrize("less_ms", [1.0, np.nan, np.inf])
     def test_one_out_of_reach_names_the_least(self, less_ms):
-        least_ms = float(self.times(self.SETTLED.on))
-        with pytest.raises(InputError, match=f"takes {least_ms:.3f} ms or more"):
-            self.limit(least_ms - less_ms)
+        with pytest.raises(InputError, match=f"less than {self.sure_ms:.3f} ms"):
+            self.limit(self.sure_ms - less_ms)
+
+    def test_where_everything_is_settled_it_is_one_time(self):
+        settled = policy.Settled.architecture(np.eye(4, 5))
+        least_ms = float(latency.image_ms(TABLE, settled.on, SPEC.forced_cells, settled))
+        limit = budget.limit(least_ms, table=TABLE, spec=SPEC, settled=settled)
+        np.testing.assert_array_equal(limit.masks(self.LOGITS)[0], np.eye(4, 5))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from experiments import (
     trained_run,
 )
 from experiments import flags as flags_lib
-from experiments.config import Config, DataConfig, RunConfig, validate_section
+from experiments.config import Config, DataConfig, ModelConfig, RunConfig, validate_section
 from experiments.workdir import Workdir
 from instanas_jax import (
     checkpoint,
@@ -103,7 +104,11 @@ def fake_data(monkeypatch, tmp_path):
 @pytest.mark.parametrize("flagfile", FLAGFILES, ids=lambda path: path.stem)
 def test_every_shipped_flagfile_runs_to_its_results(flagfile, tmp_path, fake_data, capsys):
     name = PROGRAMS[flagfile.stem.split("_")[0]].DEFAULTS.dataset
-    parse(f"--flagfile={flagfile}", *TINY, f"--workdir={tmp_path / 'run'}")
+    smaller = [*TINY, f"--workdir={tmp_path / 'run'}"]
+    if each := re.search("--search_start_op=(.*,.*)", flagfile.read_text()):
+        cells = ModelConfig(preset="tiny").spec(num_classes=10).num_cells
+        smaller.append(f"--search_start_op={','.join(each[1].split(',')[:cells])}")
+    parse(f"--flagfile={flagfile}", *smaller)
     run._run(name)
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert [row["name"] for row in results["static"]] == ["mobilenetv2"]
@@ -336,7 +341,8 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
         ("--pretrain_schedule=fast", "--pretrain_schedule=fast"),
         ("--search_advantage=leave_one_out", "--search_samples of 2 or more, not 1"),
         ("--search_scope=depth", "name it by --search_start_op"),
-        ("--search_start_op=basic_conv,conv9", "unknown op 'conv9'"),
+        ("--search_start_op=basic_conv,conv9", "--search_start_op=basic_conv,conv9: unknown op"),
+        ("--search_start_op=basic_conv, basic_conv", "names 2 ops: .* of the 17 of --preset=px32"),
         ("--controller=large", "--controller=large: choose one of"),
         ("--static_ops=conv9", "unknown op 'conv9'"),
         ("--static_ops=", "--static_ops is empty"),
@@ -358,26 +364,41 @@ def test_every_default_is_within_its_range():
 
 
 class TestWorkdir:
+    CONFIG = Config("digits")
+
     def test_belongs_to_one_configuration(self, tmp_path):
-        Workdir(str(tmp_path / "w"), config={"run": {"seed": 0}}, flags_text="")
-        Workdir(str(tmp_path / "w"), config={"run": {"seed": 0}}, flags_text="")
+        Workdir(str(tmp_path / "w"), config=self.CONFIG, flags_text="")
+        Workdir(str(tmp_path / "w"), config=self.CONFIG, flags_text="")
         before = {path: path.read_bytes() for path in (tmp_path / "w").iterdir()}
+        other = dataclasses.replace(self.CONFIG, run=RunConfig(seed=1))
         with pytest.raises(InputError, match="run.seed=0, this one has run.seed=1"):
-            Workdir(str(tmp_path / "w"), config={"run": {"seed": 1}}, flags_text="")
+            Workdir(str(tmp_path / "w"), config=other, flags_text="")
         assert {path: path.read_bytes() for path in (tmp_path / "w").iterdir()} == before
+
+    def test_what_an_older_version_did_not_know_has_its_default(self, tmp_path):
+        path = tmp_path / "w/config.json"
+        Workdir(str(tmp_path / "w"), config=self.CONFIG, flags_text="")
+        values = json.loads(path.read_text())
+        del values["search"]["diversity_kind"]
+        path.write_text(json.dumps(values))
+        Workdir(str(tmp_path / "w"), config=self.CONFIG, flags_text="")
+        values["search"]["unheard_of"] = 1
+        path.write_text(json.dumps(values))
+        with pytest.raises(InputError, match="does not fit this program .*unheard_of"):
+            Workdir(str(tmp_path / "w"), config=self.CONFIG, flags_text="")
 
     def test_a_strangers_folder_is_refused(self, tmp_path):
         (tmp_path / "thesis.tex").write_text("precious")
         with pytest.raises(InputError, match="not a run's"):
-            Workdir(str(tmp_path), config={}, flags_text="")
+            Workdir(str(tmp_path), config=self.CONFIG, flags_text="")
         assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
     def test_a_file_or_nothing_is_refused(self, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(InputError, match="cannot be used"):
-            Workdir(str(tmp_path / "file" / "w"), config={}, flags_text="")
+            Workdir(str(tmp_path / "file" / "w"), config=self.CONFIG, flags_text="")
         with pytest.raises(InputError, match="--workdir is not set"):
-            Workdir("", config={}, flags_text="")
+            Workdir("", config=self.CONFIG, flags_text="")
 
 
 def test_a_mistake_is_one_line_and_status_2(tmp_path):
@@ -461,8 +482,20 @@ def test_each_cell_may_have_a_start_op_of_its_own():
     settled = recipe.search_settled(spec, dataclasses.replace(section, scope="depth"))
     np.testing.assert_array_equal(~settled.off, np.eye(5, dtype=bool)[ops])
     np.testing.assert_array_equal(settled.on, ~settled.off & spec.forced_cells[:, None])
-    with pytest.raises(InputError, match=f"names 2 ops: .* {spec.num_cells}, one for each"):
-        recipe.policy_start(spec, dataclasses.replace(section, start_op="basic_conv,basic_conv"))
+
+
+def test_the_search_rewards_by_what_the_flags_say(monkeypatch):
+    passed = []
+    monkeypatch.setattr(recipe.search, "search", lambda *_, reward, **__: passed.append(reward))
+    section = dataclasses.replace(
+        Config("synthetic").search, diversity_kind="joint", diversity_weight=0.25, samples=3
+    )
+    recipe.search_stage(make_setting(None), section, make_table(), total_steps=4, epoch_steps=2)
+    assert (passed[0].diversity_kind, passed[0].diversity_weight, passed[0].samples) == (
+        "joint",
+        0.25,
+        3,
+    )
 
 
 @pytest.mark.parametrize(("upper_bound_end", "warnings"), [(0.9, 0), (0.01, 1)])

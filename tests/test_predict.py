@@ -48,7 +48,7 @@ def workdir(tmp_path_factory) -> Path:
     A decides by the image; B is settled. (`tests/test_experiments.py` opens folders of real runs.)
     """
     path = tmp_path_factory.mktemp("predict") / "run"
-    workdir = Workdir(str(path), config=CONFIG.to_json(), flags_text="")
+    workdir = Workdir(str(path), config=CONFIG, flags_text="")
     dataset_summary.keep(DATASET, workdir.dataset)
     spec = CONFIG.model.spec(num_classes=DATASET.num_classes)
     table = latency.LatencyTable(
@@ -174,9 +174,9 @@ def test_a_limit_is_kept_by_every_image(workdir, variant):
     opened = trained_run.open_run(str(workdir))
     free = predict.Predictor(opened, variant, top=1)
     times = [free(image).table_ms for image in TEST_IMAGES[:6]]
-    with pytest.raises(InputError, match="or more") as error:
+    with pytest.raises(InputError, match="less than") as error:
         predict.Predictor(opened, variant, top=1, limit_ms=1.0)
-    least_ms = float(re.findall(r"takes ([0-9.]+) ms", str(error.value))[0])
+    least_ms = float(re.findall(r"less than ([0-9.]+) ms", str(error.value))[0])
     limit_ms = (least_ms + max(times)) / 2
     limited = predict.Predictor(opened, variant, top=1, limit_ms=limit_ms)
     for image, time in zip(TEST_IMAGES[:6], times, strict=True):
