@@ -27,7 +27,7 @@ from instanas_jax.errors import InputError
 def _read_models(like: ModelConfig) -> list[ModelConfig]:
     texts = flags.FLAGS.widths
     try:
-        widths = sorted({float(text) for text in texts})
+        widths = sorted({float(_name(float(text))) for text in texts})
     except ValueError:
         raise InputError(f"--widths={','.join(texts)}: name numbers, 0.25,0.5") from None
     if not widths:
@@ -41,9 +41,14 @@ def _read_models(like: ModelConfig) -> list[ModelConfig]:
     return models
 
 
+def _name(width: float) -> str:
+    """Of its folder and row, to six digits."""
+    return f"{width:g}"
+
+
 def _train(finished: Finished, model: ModelConfig) -> Entrant:
     config = dataclasses.replace(finished.run.config, model=model)
-    path = finished.run.files.path / "mobilenetv2_widths" / str(model.width)
+    path = finished.run.files.path / "mobilenetv2_widths" / _name(model.width)
     workdir = Workdir(str(path), config=config, flags_text="")
     writer = metrics.JsonlWriter(workdir.metrics)
     try:
@@ -65,7 +70,7 @@ def _run() -> None:
         baseline = comparison.train_mobilenetv2(own, own.pretrained())
     finally:
         own.writer.close()
-    entrants = {f"mobilenetv2_{model.width}": _train(finished, model) for model in models}
+    entrants = {f"mobilenetv2_{_name(model.width)}": _train(finished, model) for model in models}
     entrants["mobilenetv2"] = baseline
     entrants[finished.variant] = comparison.of_variant(finished, baseline)
     compared = comparison.rows(entrants, finished.dataset)

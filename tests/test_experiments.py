@@ -340,7 +340,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
         ("--pretrain_batch_size=0", "--pretrain_batch_size=0"),
         ("--pretrain_schedule=fast", "--pretrain_schedule=fast"),
         ("--search_advantage=leave_one_out", "--search_samples of 2 or more, not 1"),
-        ("--search_scope=depth", "name it by --search_start_op"),
+        ("--search_scope=depth", "one for each, by --search_start_op"),
         ("--search_start_op=basic_conv,conv9", "--search_start_op=basic_conv,conv9: unknown op"),
         ("--search_start_op=basic_conv, basic_conv", "names 2 ops: .* of the 17 of --preset=px32"),
         ("--controller=large", "--controller=large: choose one of"),
