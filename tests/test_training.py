@@ -363,6 +363,7 @@ def test_information_of_the_policy_lowers_the_loss_by_its_weight():
     plain, informed = (
         train(name, devices=1)[0][1] for name in ("search_divided_plain", "search_divided_alike")
     )
+    assert plain["depth_information_nats"] > 1e-2
     information = informed["depth_information_nats"]
     assert information > 1e-3
     # Of cells one by one by default, which is another number.
