@@ -25,6 +25,7 @@ from experiments import (
     run,
     stage_runner,
     static_search,
+    timing,
     trained_run,
 )
 from experiments import flags as flags_lib
@@ -496,6 +497,27 @@ def test_the_search_rewards_by_what_the_flags_say(monkeypatch):
         0.25,
         3,
     )
+
+
+def test_every_network_is_first_in_a_process_and_times_are_medians(monkeypatch):
+    orders = []
+
+    def time_in_turn(predictors, images):
+        orders.append(list(predictors))
+        assert all(name == predictor for name, predictor in predictors.items())
+        return {name: np.array([orders[-1].index(name), 7.0]) for name in predictors}
+
+    monkeypatch.setattr(
+        environment, "in_inference_process", lambda function, *args, threads: function(*args)
+    )
+    monkeypatch.setattr(environment, "release_memory", lambda: None)
+    monkeypatch.setattr(timing, "_make_predictor", lambda network: network)
+    monkeypatch.setattr(timing.inference, "time_in_turn", time_in_turn)
+    networks = {name: name for name in "abc"}
+    times = timing.time_networks(networks, images=[], threads=1)  # pyright: ignore
+    assert orders == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]]
+    for name in networks:  # First, second and third once.
+        np.testing.assert_array_equal(times[name], [1.0, 7.0])
 
 
 @pytest.mark.parametrize(("upper_bound_end", "warnings"), [(0.9, 0), (0.01, 1)])
