@@ -14,7 +14,7 @@ from experiments.config import ModelConfig
 from instanas_jax import convolution, parallel, train_loop, train_state
 from instanas_jax.stage import Setting
 
-PEERS = ("torch", "native")
+PEERS = ("torch", "native", "remat")
 
 Row = dict[str, Any]
 Calls = dict[str, Callable[[], Any]]
@@ -57,7 +57,7 @@ class Bench:
 
     def measure(self, kind: str) -> list[Row]:
         """All rows of one kind of update (`stage_programs.KINDS`)."""
-        subject = self._subject(kind, convolution.default_lowering())
+        subject = self._subject(kind)
         runner = self._runner(subject)
         rows = _compile_rows(kind, runner)
         runner.prepare()
@@ -81,11 +81,14 @@ class Bench:
             rows += self._loop_rows(subject, float(np.median(seconds["update"])))
         return rows
 
-    def _subject(self, kind: str, lowering: convolution.Lowering) -> Subject:
+    def _subject(self, kind: str, **changes: Any) -> Subject:
         setting: Setting = stage_programs.make_setting(
-            self.spec, self.dataset, lowering=lowering, dtype=self.dtype
+            self.spec,
+            self.dataset,
+            lowering=convolution.default_lowering(),
+            dtype=self.dtype,
         )
-        return stage_programs.make_subject(kind, setting)
+        return stage_programs.make_subject(kind, dataclasses.replace(setting, **changes))
 
     def _runner(self, subject: Subject) -> Runner:
         return Runner(subject, self.state, self.dataset, batch_size=self.options.batch_size)
@@ -116,13 +119,31 @@ class Bench:
             if convolution.default_lowering() == "native":
                 print("native: what runs on this device anyway, not measured apart")
             else:
-                native = self._runner(self._subject(subject.kind, "native"))
-                native.inputs = runner.inputs
-                rows += _compile_rows(f"{subject.kind}_native", native)
-                calls["native"], losses["native"] = native.update, step_peers.first_loss(native)
+                calls["native"] = self._own_peer(
+                    "native", subject, runner, rows, losses, lowering="native"
+                )
+        if "remat" in self.options.peers:
+            calls["remat"] = self._own_peer("remat", subject, runner, rows, losses, remat=True)
         if self.spec.head_dropout == 0.0:  # Which everyone draws in another way.
             step_peers.check_losses(subject.kind, losses, dtype=self.dtype)
         return calls, rows
+
+    def _own_peer(
+        self,
+        name: str,
+        subject: Subject,
+        runner: Runner,
+        rows: list[Row],
+        losses: dict[str, float],
+        **changes: Any,
+    ) -> Callable[[], Any]:
+        """Ours in another setting; its rows and its first loss join those that are there."""
+        peer = self._runner(self._subject(subject.kind, **changes))
+        peer.inputs = runner.inputs
+        rows += _compile_rows(f"{subject.kind}_{name}", peer)
+        rows.append(_planned_row(f"{subject.kind}_{name}", peer))
+        losses[name] = step_peers.first_loss(peer)
+        return peer.update
 
     def _roofline_row(self, subject: Subject, update: np.ndarray) -> Row:
         images, itemsize = self.options.batch_size, jax.numpy.dtype(self.dtype).itemsize
@@ -179,11 +200,14 @@ def _time_rows(kind: str, seconds: dict[str, list[float]], batch_size: int) -> l
     return rows
 
 
+def _planned_row(name: str, runner: Runner) -> Row:
+    megabytes = runner.planned_bytes() / 1e6
+    planned = reporting.measurement(f"{name}_update_planned_memory", [megabytes], "MB")
+    return {**planned, "source": "memory_analysis of the compiled update, one device"}
+
+
 def _memory_rows(kind: str, runner: Runner) -> list[Row]:
-    planned = reporting.measurement(
-        f"{kind}_update_planned_memory", [runner.planned_bytes() / 1e6], "MB"
-    )
-    rows = [{**planned, "source": "memory_analysis of the compiled update, one device"}]
+    rows = [_planned_row(kind, runner)]
     statistics = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in statistics:
         peak = reporting.measurement(

@@ -9,11 +9,13 @@ timed to its end, in turn with the peers' updates (A B A B):
   torch    the same network, weights, images and mask in PyTorch (`torch_supernet`), in the memory
            layout that is faster here, in bfloat16 by autocast where --dtype says so
   native   ours with plain grouped convolutions; on accelerators that is what ours does already
+  remat    ours with --remat, for its time and its memory
 
 A peer's first loss must be ours, or nothing is written. Stages with the same update are compared
 once. Rows, after the stage's name:
 
-  PROGRAM_compile_trace, _compile_xla      seconds; programs that stages share compile once
+  PROGRAM_compile_trace, _compile_xla      seconds; programs that stages share compile once; of
+                                           native and remat, after their names, as memory is
   host_batch, prepare, update, step        seconds
   images_a_second                          through whole steps
   input_share                              of a step that host_batch and prepare take, one by one

@@ -181,13 +181,18 @@ class Config:
 
 def check_together(config: Config) -> None:
     """InputError where parts of a configuration do not fit each other."""
-    count = len(config.search.start_ops)
-    cells = config.model.spec(num_classes=2).num_cells
-    if count not in (0, 1, cells):
+    names, spec = config.search.start_ops, config.model.spec(num_classes=2)
+    if len(names) not in (0, 1, spec.num_cells):
         raise InputError(
-            f"--search_start_op names {count} ops: name one for all cells, or one for each of the "
-            f"{cells} of --preset={config.model.preset}"
+            f"--search_start_op names {len(names)} ops: name one for all cells, or one for each of "
+            f"the {spec.num_cells} of --preset={config.model.preset}"
         )
+    for cell, (name, is_forced) in enumerate(zip(names, spec.forced_cells, strict=False)):
+        if config.search.scope == "depth" and is_forced and not name:
+            raise InputError(
+                f"--search_start_op names no op for cell {cell}, which can't be empty: name one of "
+                f"{', '.join(op.name for op in CANDIDATE_OPS)}"
+            )
 
 
 _PREFIXES = {"pretrain": "pretrain_", "search": "search_", "finetune": "finetune_"}
@@ -209,7 +214,7 @@ def validate_section(section: Any, *, prefix: str = "") -> None:
                 "--search_advantage=leave_one_out compares an image's samples: draw "
                 f"--search_samples of 2 or more, not {section.samples}"
             )
-        unknown = {*section.start_ops} - {op.name for op in CANDIDATE_OPS}
+        unknown = {*section.start_ops} - {"", *(op.name for op in CANDIDATE_OPS)}
         if unknown:
             raise InputError(
                 f"--{prefix}start_op={section.start_op}: unknown op '{min(unknown)}', choose from "

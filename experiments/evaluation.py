@@ -45,10 +45,13 @@ class Evaluator:
     Args:
       setting: spec, statistics of pixels, lowering.
       batch_size: images a call, over all devices.
+      paths: bool [L, O], those that networks may have, the empty-cell rule applied; all by default.
+        The others are not computed.
     """
 
-    def __init__(self, setting: Setting, *, batch_size: int):
+    def __init__(self, setting: Setting, *, batch_size: int, paths: np.ndarray | None = None):
         self._setting = setting
+        self._paths = paths
         self._batch_size = batch_size
         self._answer = parallel.compile_map(self._answer_batch)
         self._score = parallel.compile_map(self._score_batch)
@@ -71,7 +74,12 @@ class Evaluator:
         static = jnp.broadcast_to(inputs["architecture"], policy_logits.shape)
         mask = jnp.where(inputs["is_static"], static, policy.greedy(policy_logits))
         class_logits = supernet.apply_eval(
-            spec, inputs["supernet"].arrays(), images, mask, lowering=setting.lowering
+            spec,
+            inputs["supernet"].arrays(),
+            images,
+            mask,
+            lowering=setting.lowering,
+            paths=self._paths,
         )
         labels = batch["label"]
         return {
@@ -92,6 +100,7 @@ class Evaluator:
             mask,
             lowering=setting.lowering,
             axis_name=setting.axis_name,
+            paths=self._paths,
         )
         return moments
 

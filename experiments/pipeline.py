@@ -82,7 +82,10 @@ class Pipeline:
         )
         devices = parallel.device_count()
         batch_size = math.ceil(min(256, len(dataset.validation)) / devices) * devices
-        self.evaluate = evaluation.Evaluator(self.setting, batch_size=batch_size)
+        self.trained_paths = recipe.trained_paths(self.spec, config)
+        self.evaluate = evaluation.Evaluator(
+            self.setting, batch_size=batch_size, paths=self.trained_paths
+        )
 
     def run(self) -> dict[str, Any]:
         """Runs or resumes every stage, then evaluates; returns the contents of results.json."""
@@ -228,7 +231,7 @@ class Pipeline:
         return self.planner.variant(name, settled), state
 
     def _pretrain(self, plan: Plan, fresh: TrainState) -> tuple[TrainState, float]:
-        everything_on = np.ones(self.spec.mask_shape, np.float32)
+        everything_on = self.trained_paths.astype(np.float32)
         return self._run_stage(
             plan, fresh, validate=lambda state, step: self._validate(state, everything_on)
         )

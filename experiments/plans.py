@@ -46,7 +46,8 @@ class Planner:
     def pretraining(self) -> Plan:
         section = self.config.pretrain
         total_steps = self.steps(section.epochs, section.batch_size)
-        stage = recipe.pretrain_stage(self.setting, section, total_steps=total_steps)
+        paths = recipe.trained_paths(self.setting.spec, self.config)
+        stage = recipe.pretrain_stage(self.setting, section, total_steps=total_steps, paths=paths)
         return Plan(stage, section, total_steps)
 
     def search(self) -> Plan:

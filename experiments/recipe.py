@@ -66,14 +66,29 @@ def search_settled(spec: SupernetSpec, section: SearchConfig) -> policy.Settled:
 
 def _start_paths(spec: SupernetSpec, section: SearchConfig) -> np.ndarray:
     """bool [L, O], each cell's start op."""
-    ops = [search_space.op_index(name) for name in section.start_ops]
+    names = section.start_ops
+    if len(names) == 1:
+        names *= spec.num_cells
     paths = np.zeros(spec.mask_shape, bool)
-    if ops:
-        paths[np.arange(spec.num_cells), ops] = True
+    for cell, name in enumerate(names):
+        if name:
+            paths[cell, search_space.op_index(name)] = True
     return paths
 
 
-def pretrain_stage(setting: Setting, section: PretrainConfig, *, total_steps: int) -> Stage:
+def trained_paths(spec: SupernetSpec, config: Config) -> np.ndarray:
+    """bool [L, O], all that the search may choose, those of the static baselines, and what runs in
+    empty cells: what is pretrained, for no network of the run has another path."""
+    paths = search_settled(spec, config.search).may_run(spec.forced_cells)
+    paths[:, policy.FORCED_OP] |= spec.forced_cells
+    for name in config.run.static_ops:
+        paths[:, search_space.op_index(name)] = True
+    return paths
+
+
+def pretrain_stage(
+    setting: Setting, section: PretrainConfig, *, total_steps: int, paths: np.ndarray | None = None
+) -> Stage:
     return stages.pretrain(
         setting,
         sgd=_sgd(section),
@@ -81,6 +96,7 @@ def pretrain_stage(setting: Setting, section: PretrainConfig, *, total_steps: in
         final_keep=section.final_keep,
         dropout_start=section.dropout_start,
         dropout_end=section.dropout_end,
+        paths=paths,
     )
 
 

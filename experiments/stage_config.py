@@ -45,7 +45,7 @@ class SearchConfig:
     start_op: str = setting(
         "",
         "Op that begins likelier on than off, so that greedy masks begin as the architecture of "
-        "this op alone; with commas between, one for each cell; empty: none. Of "
+        "this op alone; with commas between, one for each cell, no name for none; empty: none. Of "
         f"{', '.join(op.name for op in CANDIDATE_OPS)}.",
     )
     scope: str = setting(

@@ -2,12 +2,13 @@
 
 python -m experiments.static_search --workdir=W --method=evolution --evaluations=100
 
-Fitness is accuracy on validation images with the pretrained supernet's weights and the batch
-statistics of some training images under the architecture; the budget is what the variant takes in
-the mean on validation images, by the table. What is found is trained as the
-run's own static baseline, with as many images as a variant, answers the test split once, and is
-timed in turn with the variant and the baseline. Writes static_search_METHOD.json and the metrics of
-the training into the run's folder; the same command again resumes the training.
+The paths to choose from are those that the run has pretrained. Fitness is accuracy on validation
+images with the pretrained supernet's weights and the batch statistics of some training images under
+the architecture; the budget is what the variant takes in the mean on validation images, by the
+table. What is found is trained as the run's own static baseline, with as many images as a variant,
+answers the test split once, and is timed in turn with the variant and the baseline. Writes
+static_search_METHOD.json and the metrics of the training into the run's folder; the same command
+again resumes the training.
 """
 
 import itertools
@@ -65,7 +66,7 @@ def search(
         state = pipeline.evaluate.recalibrated(pretrained, batches, architecture=mask)
         return pipeline.evaluate(state, some, architecture=mask).accuracy
 
-    space = static_nas.Space(pipeline.spec, pipeline.table, budget_ms)
+    space = static_nas.Space(pipeline.spec, pipeline.table, budget_ms, paths=pipeline.trained_paths)
     proposed = _METHODS[method](space, fitness, seed=seed)
     with tqdm(total=evaluations, desc=method, unit="architecture", dynamic_ncols=True) as bar:
         evaluated = []

@@ -1,6 +1,7 @@
 """What is timed: the latency table and trained networks, as an inference process would run them.
 
-The functions start that process on CPUs; see `environment.configure_cpu`.
+The functions start that process, on the CPU also where an accelerator trains; see
+`environment.configure_cpu`.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from experiments.config import RunConfig
 from experiments.workdir import RunFiles
-from instanas_jax import environment, inference, latency, profiling
+from instanas_jax import convolution, environment, inference, latency, profiling
 from instanas_jax.latency import LatencyTable
 from instanas_jax.search_space import SupernetSpec
 from instanas_jax.stage import Setting
@@ -112,7 +113,7 @@ def _make_predictor(network: Timed) -> inference.Predict:
         "supernet_variables": state.supernet,
         "mean": setting.mean,
         "std": setting.std,
-        "lowering": setting.lowering,
+        "lowering": convolution.default_lowering(),  # Of this process, which may not train.
     }
     if network.architecture is not None:
         return inference.make_static_predictor(

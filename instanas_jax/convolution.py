@@ -64,8 +64,26 @@ def pointwise(x: jax.Array, kernel: jax.Array, *, lowering: Lowering) -> jax.Arr
 def depthwise(x: jax.Array, kernel: jax.Array, *, stride: int, lowering: Lowering) -> jax.Array:
     """One k x k filter a channel: [B, H, W, C] by kernel [k, k, C]."""
     if lowering == "native":
-        return _native(x, kernel[:, :, None, :], stride, groups=x.shape[-1])
+        return _depthwise_native(x, kernel, stride)
     return _depthwise_shifted(x, kernel, stride)
+
+
+# Pixels a side of the map of zeros in which one that is smaller than its kernel is laid. The
+# gradient of such a kernel is, to XLA for GPUs, no gradient of a kernel but a convolution by 4 x 4
+# windows, which cuDNN runs at a tenth of the speed (H200, 4 x 4 pixels, 5 x 5 kernel, 1440
+# channels, batch 256: 1.2 ms).
+_ROOM = 8
+
+
+def _depthwise_native(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    height, width = x.shape[1:3]
+    grouped = functools.partial(
+        _native, kernel=kernel[:, :, None, :], stride=stride, groups=x.shape[-1]
+    )
+    if stride > 1 or min(height, width) >= kernel.shape[0]:
+        return grouped(x)
+    room = ((0, 0), (0, max(0, _ROOM - height)), (0, max(0, _ROOM - width)), (0, 0))
+    return grouped(jnp.pad(x, room))[:, :height, :width]
 
 
 def _native(x: jax.Array, kernel: jax.Array, stride: int, *, groups: int) -> jax.Array:

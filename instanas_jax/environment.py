@@ -46,7 +46,9 @@ _INFERENCE_XLA_FLAGS = {"--xla_cpu_experimental_ynn_fusion_type": ""}
 def configure_cpu(*, inference_threads: int | None = None) -> None:
     """Sets XLA's CPU backend up for networks of many small kernels; call it before any other JAX.
 
-    Does nothing where JAX has an accelerator's plugin, whose compiler reads the same flags.
+    Does nothing where an accelerator trains, whose compiler reads the same flags. Single images are
+    answered and timed on the CPU there too: networks are trained for the processors that will run
+    them.
 
     A call is dispatched on its own thread: waking another costs 20 to 40 us, which is much of
     a small network's time and as much as a small cell takes.
@@ -59,14 +61,16 @@ def configure_cpu(*, inference_threads: int | None = None) -> None:
     0.72 s, without 0.51 s).
 
     Args:
-      inference_threads: given where the process answers or times single images: threads of XLA's
-        pool. One is best for narrow networks, whose kernels are done before another thread wakes
-        (MobileNetV2 at width 0.75, stem stride 2, on two cores: 0.35 ms, on two threads 0.39 to
-        0.61); at width 1 two gain little. Matrix products are then Eigen's: YNNPACK, XLA's
-        default and a fifth faster in training, takes some microseconds a call to begin, a fifth of
-        MobileNetV2's time at width 1.
+      inference_threads: given where the process answers or times single images, for which JAX then
+        uses the CPU alone: threads of XLA's pool. One is best for narrow networks, whose kernels
+        are done before another thread wakes (MobileNetV2 at width 0.75, stem stride 2, on two
+        cores: 0.35 ms, on two threads 0.39 to 0.61); at width 1 two gain little. Matrix products
+        are then Eigen's: YNNPACK, XLA's default and a fifth faster in training, takes some
+        microseconds a call to begin, a fifth of MobileNetV2's time at width 1.
     """
-    if _has_accelerator_plugin():
+    if inference_threads is not None:
+        jax.config.update("jax_platforms", "cpu")
+    if _accelerator_may_train():
         return
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     arenas = _ARENAS_TO_TRAIN if inference_threads is None else _ARENAS_TO_INFER
@@ -110,16 +114,13 @@ def _processor_digest() -> str:
 def in_inference_process(function: Callable[..., Result], *arguments: Any, threads: int) -> Result:
     """A function's result from a process that `configure_cpu` has set up for inference.
 
-    For programs that train, which need all threads, and time single images as well. On an
-    accelerator the function is called here: two processes would share its memory badly.
+    For programs that train, on all threads or on an accelerator, and time single images as well.
 
     Args:
       function: of a module's top level.
       arguments: without arrays on a device; they travel by pickle, as the result does.
       threads: see `configure_cpu`.
     """
-    if jax.default_backend() != "cpu":
-        return function(*arguments)
     with concurrent.futures.ProcessPoolExecutor(
         1,
         mp_context=multiprocessing.get_context("spawn"),
@@ -147,8 +148,12 @@ def release_memory() -> None:
         _libc.malloc_trim(0)
 
 
-def _has_accelerator_plugin() -> bool:
+def _accelerator_may_train() -> bool:
     """Known without starting a backend, which would read the flags."""
+    return getattr(jax.config, "jax_platforms", None) != "cpu" and _has_accelerator_plugin()
+
+
+def _has_accelerator_plugin() -> bool:
     return any(importlib.util.find_spec(module) for module in ("jax_plugins", "libtpu"))
 
 
@@ -169,11 +174,11 @@ def describe_device(*, inference_threads: int | None = None) -> dict[str, Any]:
       those on which XLA runs a program on the CPU; `backend`, JAX's name of the platform;
       `accelerator`, the device's kind, or None on the CPU.
     """
-    backend = jax.default_backend()
+    backend = "cpu" if inference_threads else jax.default_backend()
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count() or 1,
-        "threads": (backend == "cpu" and inference_threads) or _pool_threads(),
+        "threads": inference_threads or _pool_threads(),
         "backend": backend,
         "accelerator": None if backend == "cpu" else jax.devices()[0].device_kind,
     }

@@ -44,8 +44,16 @@ def pretrain(
     final_keep: float = 0.5,
     dropout_start: float = 0.5,
     dropout_end: float = 1.0,
+    paths: np.ndarray | None = None,
 ) -> Stage:
-    """Trains the supernet for the task alone, under path dropout."""
+    """Trains the supernet for the task alone, under path dropout.
+
+    Args:
+      paths: bool [L, O], those that are trained, what runs in empty cells among them; the others
+        are not computed. By default all.
+    """
+    if paths is None:
+        paths = np.ones(setting.spec.mask_shape, bool)
     rate = optimizers.learning_rate_schedule(
         sgd.schedule, learning_rate=sgd.learning_rate, total_steps=total_steps
     )
@@ -56,11 +64,12 @@ def pretrain(
         keep = path_keep_probability(
             state.step / total_steps, final=final_keep, start=dropout_start, end=dropout_end
         )
-        mask = policy.random_masks(draws.mask, setting.spec.mask_shape, keep)
+        mask = policy.random_masks(draws.mask, setting.spec.mask_shape, keep) * paths
         images = augmented(setting, draws, batch)
         return supernet_inputs(images, labels, mask, sgd=sgd, learning_rate=rate(state.step))
 
-    return Stage("pretrain", (Phase("supernet", prepare, supernet_update(setting)),))
+    update = supernet_update(setting, some_paths(paths))
+    return Stage("pretrain", (Phase("supernet", prepare, update),))
 
 
 def finetune(

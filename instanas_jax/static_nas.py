@@ -36,11 +36,13 @@ class Space:
       spec: of the supernet.
       table: its latency table.
       budget_ms: of a whole image, as a static network.
+      paths: bool [L, O], those to choose from, one or more in each cell that needs one.
     """
 
     spec: SupernetSpec
     table: LatencyTable
     budget_ms: float
+    paths: np.ndarray
 
     def image_ms(self, architecture: np.ndarray) -> float:
         """Table time of an architecture [L, O] as a static network."""
@@ -53,7 +55,7 @@ class Space:
           InputError: not even one op in each cell that needs one fits into the budget.
         """
         forced = np.flatnonzero(self.spec.forced_cells)
-        rows_ms = self.table.settled_ms
+        rows_ms = self._rows_ms
         least_ms = rows_ms.min(axis=1)
         spare_ms = self.budget_ms - self.table.fixed_total_ms(controller=False)
         spare_ms -= least_ms[forced].sum()
@@ -78,7 +80,7 @@ class Space:
             cell, op = active[rng.integers(len(active))]
             child[cell, op] = False
             if self.spec.forced_cells[cell] and not child[cell].any():
-                child[cell, rng.integers(child.shape[1])] = True
+                child[cell, rng.choice(np.flatnonzero(self.paths[cell]))] = True
             if self.image_ms(child) > self.budget_ms:
                 continue
             child = self._with_more(child, rng)
@@ -92,10 +94,15 @@ class Space:
         more = architecture.copy()
         for place in rng.permutation(architecture.size):
             at = np.unravel_index(place, architecture.shape)
-            if not more[at] and self.table.settled_ms[at] <= spare_ms:
+            if not more[at] and self._rows_ms[at] <= spare_ms:
                 more[at] = True
-                spare_ms -= self.table.settled_ms[at]
+                spare_ms -= self._rows_ms[at]
         return more
+
+    @property
+    def _rows_ms(self) -> np.ndarray:
+        """Of each path; what is not to be chosen fits into no budget."""
+        return np.where(self.paths, self.table.settled_ms, np.inf)
 
 
 def random_search(space: Space, evaluate: Evaluate, *, seed: int = 0) -> Iterator[Evaluated]:

@@ -61,6 +61,14 @@ class TestDepthwise:
             y = convolution.depthwise(x, kernel, stride=1, lowering=lowering)
             np.testing.assert_array_equal(y[0, :, :, 0], [[0, 0], [0, 1]])
 
+    @pytest.mark.parametrize("size", [(4, 4), (2, 1), (1, 9)])
+    def test_maps_that_are_smaller_than_their_kernel(self, size):
+        def plain(x, kernel):
+            return convolution._native(x, kernel[:, :, None, :], 1, groups=4)
+
+        arrays = random_array(3, *size, 4, seed=0), random_array(5, 5, 4, seed=1)
+        assert_close(native_depthwise(5, 1, size), output_and_gradients(plain, *arrays))
+
     @pytest.mark.parametrize("positions_a_turn", [1, 16, 64])  # One row a turn; some; all.
     @pytest.mark.parametrize("size", SIZES)
     @pytest.mark.parametrize("stride", [1, 2])

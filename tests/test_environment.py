@@ -122,6 +122,25 @@ def test_an_inference_process_has_its_threads_and_gives_back_results_and_errors(
         environment.in_inference_process(divmod, 1, 0, threads=1)
 
 
+def test_images_are_timed_on_the_cpu_where_an_accelerator_trains(restored):
+    restored.setenv("XLA_FLAGS", "")
+    restored.setenv("NPROC", "")
+    restored.setattr(environment, "_has_accelerator_plugin", lambda: True)
+    restored.setattr(jax, "default_backend", lambda: "gpu")
+    before = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        device = environment.in_inference_process(environment.describe_device, threads=1)
+        assert device["backend"] == "cpu" and device["accelerator"] is None
+        assert device == environment.describe_device(inference_threads=1)
+        jax.config.update("jax_platforms", None)
+        environment.configure_cpu()
+        assert os.environ["XLA_FLAGS"] == ""
+        environment.configure_cpu(inference_threads=1)
+        assert jax.config.jax_platforms == "cpu" and os.environ["XLA_FLAGS"]  # pyright: ignore
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
 def test_the_device_is_named():
     device = environment.describe_device()
     assert device["backend"] == "cpu" and device["accelerator"] is None

@@ -39,6 +39,7 @@ from instanas_jax import (
     environment,
     metrics,
     parallel,
+    policy,
     search_space,
     train_state,
 )
@@ -483,6 +484,39 @@ def test_each_cell_may_have_a_start_op_of_its_own():
     settled = recipe.search_settled(spec, dataclasses.replace(section, scope="depth"))
     np.testing.assert_array_equal(~settled.off, np.eye(5, dtype=bool)[ops])
     np.testing.assert_array_equal(settled.on, ~settled.off & spec.forced_cells[:, None])
+
+
+def test_a_cell_without_a_name_never_runs():
+    config = Config("synthetic")
+    spec = config.model.spec(num_classes=10)
+    cell = int(np.flatnonzero(~spec.forced_cells)[0])
+    names = ["mbconv_k3_e3"] * spec.num_cells
+    names[cell] = ""
+    section = dataclasses.replace(config.search, scope="depth", start_op=",".join(names))
+    settled = recipe.search_settled(spec, section)
+    assert settled.off[cell].all() and not settled.may_run(spec.forced_cells)[cell].any()
+    assert settled.off.sum() == spec.num_cells * 4 + 1
+    # MobileNetV2 runs there, so that is pretrained.
+    paths = recipe.trained_paths(spec, dataclasses.replace(config, search=section))
+    np.testing.assert_array_equal(np.flatnonzero(paths[cell]), [search_space.MOBILENETV2_OP])
+    parse("--search_scope=depth", f"--search_start_op=basic_conv{16 * ','}")
+    with pytest.raises(InputError, match="names no op for cell 1, which can't be empty"):
+        flags_lib.read("digits")
+
+
+def test_what_no_network_of_a_run_has_is_not_pretrained():
+    config = Config("synthetic")
+    spec = config.model.spec(num_classes=10)
+    assert recipe.trained_paths(spec, config).all()
+    section = dataclasses.replace(config.search, scope="depth", start_op="mbconv_k5_e6")
+    run_config = dataclasses.replace(config.run, static_ops=("basic_conv",))
+    paths = recipe.trained_paths(spec, dataclasses.replace(config, search=section, run=run_config))
+    expected = np.zeros(spec.mask_shape, bool)
+    for name in ("mbconv_k5_e6", "basic_conv"):
+        expected[:, search_space.op_index(name)] = True
+    # Pretraining drops paths, and this one runs where a cell that can't be empty has none left.
+    expected[:, policy.FORCED_OP] |= spec.forced_cells
+    np.testing.assert_array_equal(paths, expected)
 
 
 def test_the_search_rewards_by_what_the_flags_say(monkeypatch):

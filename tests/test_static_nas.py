@@ -1,5 +1,6 @@
 """Static searches stay within their budget, evaluate nothing twice, and find what is there."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -12,7 +13,8 @@ from tests.test_latency import SPEC, make_table
 TABLE = make_table()  # Rows of 1 to 20 ms; stem and head take 0.75.
 FORCED = SPEC.forced_cells
 FASTEST_MS = 0.75 + 1.0 + 6.0 + 16.0
-SPACE = static_nas.Space(SPEC, TABLE, budget_ms=60.0)
+EVERY_PATH = np.ones(SPEC.mask_shape, bool)
+SPACE = static_nas.Space(SPEC, TABLE, budget_ms=60.0, paths=EVERY_PATH)
 RNG = np.random.default_rng(0)
 TARGET = SPACE.sample(np.random.default_rng(99))
 
@@ -48,19 +50,33 @@ def test_architectures_stay_within_the_budget():
 
 def test_a_space_that_is_exhausted_ends_the_search():
     """Each of three cells can run its fastest op alone: one architecture."""
-    least = static_nas.Space(SPEC, TABLE, budget_ms=FASTEST_MS + 0.5)
+    least = static_nas.Space(SPEC, TABLE, budget_ms=FASTEST_MS + 0.5, paths=EVERY_PATH)
     for method in (static_nas.random_search, static_nas.evolution):
         assert len(list(method(least, likeness))) == 1
 
 
 def test_the_fastest_architecture_is_found_where_nothing_else_fits():
-    least = static_nas.Space(SPEC, TABLE, budget_ms=FASTEST_MS + 1e-3)
+    least = static_nas.Space(SPEC, TABLE, budget_ms=FASTEST_MS + 1e-3, paths=EVERY_PATH)
     expected = np.zeros(SPEC.mask_shape, bool)
     expected[FORCED, 0] = True
     np.testing.assert_array_equal(least.sample(RNG), expected)
-    too_small = static_nas.Space(SPEC, TABLE, budget_ms=FASTEST_MS - 0.1)
+    too_small = static_nas.Space(SPEC, TABLE, budget_ms=FASTEST_MS - 0.1, paths=EVERY_PATH)
     with pytest.raises(InputError, match=r"23\.65 ms: the fastest takes 23\.750 ms"):
         too_small.sample(RNG)
+
+
+def test_other_paths_than_those_to_choose_from_never_run():
+    paths = EVERY_PATH.copy()
+    paths[:, [0, 3]] = False  # The fastest and a dear one.
+    paths[~FORCED, 1] = False
+    space = dataclasses.replace(SPACE, paths=paths)
+    ever = np.zeros(SPEC.mask_shape, bool)
+    for _ in range(200):
+        architecture = space.sample(RNG)
+        for one in (architecture, space.mutate(architecture, RNG)):
+            check(one)
+            ever |= one
+    np.testing.assert_array_equal(ever, paths)
 
 
 @pytest.mark.parametrize("method", [static_nas.random_search, static_nas.evolution])
@@ -104,7 +120,7 @@ def test_parents_are_among_the_youngest():
             parents.append(np.array_equal(architecture, first["architecture"]))
             return super().mutate(architecture, rng)
 
-    space = Watched(SPEC, TABLE, budget_ms=60.0)
+    space = Watched(SPEC, TABLE, budget_ms=60.0, paths=EVERY_PATH)
     take(static_nas.evolution(space, fitness, population=5, tournament=5, seed=0), 30)
     # The first member is drawn by the first child alone, then it is the oldest and leaves.
     assert parents[0] and not any(parents[1:])

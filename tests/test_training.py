@@ -267,6 +267,35 @@ def test_settled_decisions_change_what_is_computed_and_nothing_else():
     assert not np.array_equal(after_all, before)
 
 
+def test_pretraining_of_some_paths_draws_and_trains_no_others():
+    """Where those paths are on in every image, the update is that of all paths under one mask."""
+    setting, sgd = make_setting(None), optimizers.SgdSettings(0.05)
+    paths = np.eye(5, dtype=bool)[[0, 2, 4, 1]] | np.eye(5, dtype=bool)[0]
+    batch = next(iter(data_lib.train_batches(IMAGES, batch_size=BATCH, seed=1, num_steps=1)))
+    state = train_state.ravel(fresh_state())
+
+    def phase(**options):
+        return stages.pretrain(setting, sgd=sgd, total_steps=4, **options).phases[0]
+
+    half = phase(paths=paths, final_keep=0.5, dropout_start=0.0, dropout_end=1e-6)
+    masks = np.asarray(half.prepare(state.replace(step=np.int32(1)), dict(batch))["mask"])
+    assert not masks[:, ~paths].any() and 0.3 < masks[:, paths].mean() < 0.7
+    some, every = phase(paths=paths), phase()
+    inputs = some.prepare(state, dict(batch))
+    np.testing.assert_array_equal(inputs["mask"], np.broadcast_to(paths, (BATCH, *paths.shape)))
+    few, all_ = (jax.jit(one.update)(state, inputs)[0] for one in (some, every))
+    np.testing.assert_allclose(
+        few.supernet["params"].vector, all_.supernet["params"].vector, rtol=1e-4, atol=1e-6
+    )
+    statistics = [
+        train_state.unravel(jax.device_get(one)).supernet["batch_stats"]["cell_02"]
+        for one in (state, few, all_)
+    ]
+    untouched, same, moved_on = (one["project_mbconv_k3_e3"]["mean"] for one in statistics)
+    np.testing.assert_array_equal(untouched, same)
+    assert not np.array_equal(same, moved_on)
+
+
 def test_a_search_leaves_what_is_settled_as_it_is():
     settled = some_settled()
     constant = settled.on | settled.off
