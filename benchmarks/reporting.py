@@ -1,5 +1,6 @@
 """The JSON file that every benchmark writes."""
 
+import datetime
 import json
 import math
 import os
@@ -8,12 +9,14 @@ import re
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from instanas_jax import environment
 
 SCHEMA_VERSION = 1
+_STARTED = time.perf_counter()
 
 # The folders in front of a file's name, in each part of a flag such as --files=a/b,c/d.
 _FOLDERS = re.compile(r"[^=,]*/(?=[^/,])")
@@ -43,7 +46,7 @@ def measurement(name: str, values: Sequence[float], unit: str) -> dict[str, Any]
 def write_report(
     path: str | os.PathLike[str], *, benchmark: str, results: Sequence[dict[str, Any]]
 ) -> None:
-    """Writes a benchmark's results with the command, device and versions behind them.
+    """Writes a benchmark's results with the command, day, seconds, device and versions behind them.
 
     The file appears whole or not at all; a file that was there is replaced.
 
@@ -56,6 +59,8 @@ def write_report(
         "benchmark": benchmark,
         "schema_version": SCHEMA_VERSION,
         "command": describe_command(benchmark, sys.argv[1:]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "seconds": round(time.perf_counter() - _STARTED, 1),
         "device": environment.describe_device(),
         "versions": environment.describe_versions(),
         "results": list(results),
