@@ -115,35 +115,27 @@ class Bench:
             else:
                 calls["torch"], losses["torch"] = fastest.step, fastest.first_loss
                 rows += step_peers.trial_rows(f"{subject.kind}_update_torch", fastest.trials)
-        if "native" in self.options.peers:
-            if convolution.default_lowering() == "native":
-                print("native: what runs on this device anyway, not measured apart")
-            else:
-                calls["native"] = self._own_peer(
-                    "native", subject, runner, rows, losses, lowering="native"
-                )
-        if "remat" in self.options.peers:
-            calls["remat"] = self._own_peer("remat", subject, runner, rows, losses, remat=True)
+        for name, changes in self._own_peers().items():
+            peer = self._runner(self._subject(subject.kind, **changes))
+            peer.inputs = runner.inputs
+            rows += _compile_rows(f"{subject.kind}_{name}", peer)
+            rows.append(_planned_row(f"{subject.kind}_{name}", peer))
+            calls[name], losses[name] = peer.update, step_peers.first_loss(peer)
         if self.spec.head_dropout == 0.0:  # Which everyone draws in another way.
             step_peers.check_losses(subject.kind, losses, dtype=self.dtype)
         return calls, rows
 
-    def _own_peer(
-        self,
-        name: str,
-        subject: Subject,
-        runner: Runner,
-        rows: list[Row],
-        losses: dict[str, float],
-        **changes: Any,
-    ) -> Callable[[], Any]:
-        """Ours in another setting; its rows and its first loss join those that are there."""
-        peer = self._runner(self._subject(subject.kind, **changes))
-        peer.inputs = runner.inputs
-        rows += _compile_rows(f"{subject.kind}_{name}", peer)
-        rows.append(_planned_row(f"{subject.kind}_{name}", peer))
-        losses[name] = step_peers.first_loss(peer)
-        return peer.update
+    def _own_peers(self) -> dict[str, dict[str, Any]]:
+        """What peers that are ours in another setting change of it, by name."""
+        peers_changes = {}
+        if "native" in self.options.peers:
+            if convolution.default_lowering() == "native":
+                print("native: what runs on this device anyway, not measured apart")
+            else:
+                peers_changes["native"] = {"lowering": "native"}
+        if "remat" in self.options.peers:
+            peers_changes["remat"] = {"remat": True}
+        return peers_changes
 
     def _roofline_row(self, subject: Subject, update: np.ndarray) -> Row:
         images, itemsize = self.options.batch_size, jax.numpy.dtype(self.dtype).itemsize
