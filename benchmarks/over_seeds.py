@@ -86,7 +86,8 @@ def _settings(results: dict[str, Any]) -> list[Any]:
     """What runs have in common."""
     config = results["config"]
     others = {name: value for name, value in config["run"].items() if name != "seed"}
-    return [results["device"], others, {**config, "run": config["run"]["seed"] is None}]
+    devices = [results["device"], results.get("timed_on")]
+    return [devices, others, {**config, "run": config["run"]["seed"] is None}]
 
 
 def _check_alike(runs: list[dict[str, Any]], names: list[str]) -> None:

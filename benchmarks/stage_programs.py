@@ -99,7 +99,9 @@ def make_subject(kind: str, setting: Setting) -> Subject:
     spec = setting.spec
     every_path = np.ones(spec.mask_shape, bool)
     if kind == "pretrain":
-        stage = recipe.pretrain_stage(setting, PretrainConfig(), total_steps=_STEPS)
+        stage = recipe.pretrain_stage(
+            setting, PretrainConfig(), total_steps=_STEPS, paths=every_path
+        )
         return Subject(kind, stage, stage.phases[0], every_path)
     if kind in ("search_controller", "search_supernet"):
         section = SearchConfig()

@@ -1,4 +1,4 @@
-"""The same update of the supernet by others: PyTorch, and ours with plain convolutions."""
+"""The same update of the supernet by others: PyTorch, and ours in another setting."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -127,15 +127,15 @@ class Bench:
 
     def _own_peers(self) -> dict[str, dict[str, Any]]:
         """What peers that are ours in another setting change of it, by name."""
-        peers_changes = {}
+        changes: dict[str, dict[str, Any]] = {}
         if "native" in self.options.peers:
             if convolution.default_lowering() == "native":
                 print("native: what runs on this device anyway, not measured apart")
             else:
-                peers_changes["native"] = {"lowering": "native"}
+                changes["native"] = {"lowering": "native"}
         if "remat" in self.options.peers:
-            peers_changes["remat"] = {"remat": True}
-        return peers_changes
+            changes["remat"] = {"remat": True}
+        return changes
 
     def _roofline_row(self, subject: Subject, update: np.ndarray) -> Row:
         images, itemsize = self.options.batch_size, jax.numpy.dtype(self.dtype).itemsize

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from experiments import settings
 from experiments.settings import setting
 from experiments.stage_config import FinetuneConfig, PretrainConfig, SearchConfig
@@ -187,12 +189,13 @@ def check_together(config: Config) -> None:
             f"--search_start_op names {len(names)} ops: name one for all cells, or one for each of "
             f"the {spec.num_cells} of --preset={config.model.preset}"
         )
-    for cell, (name, is_forced) in enumerate(zip(names, spec.forced_cells, strict=False)):
-        if config.search.scope == "depth" and is_forced and not name:
-            raise InputError(
-                f"--search_start_op names no op for cell {cell}, which can't be empty: name one of "
-                f"{', '.join(op.name for op in CANDIDATE_OPS)}"
-            )
+    if config.search.scope == "depth" and len(names) == spec.num_cells:
+        for cell in np.flatnonzero(spec.forced_cells):
+            if not names[cell]:
+                raise InputError(
+                    f"--search_start_op names no op for cell {cell}, which can't be empty: name "
+                    f"one of {', '.join(op.name for op in CANDIDATE_OPS)}"
+                )
 
 
 _PREFIXES = {"pretrain": "pretrain_", "search": "search_", "finetune": "finetune_"}
@@ -220,7 +223,7 @@ def validate_section(section: Any, *, prefix: str = "") -> None:
                 f"--{prefix}start_op={section.start_op}: unknown op '{min(unknown)}', choose from "
                 f"{', '.join(op.name for op in CANDIDATE_OPS)}"
             )
-        if section.scope == "depth" and not section.start_op:
+        if section.scope == "depth" and not any(section.start_ops):
             raise InputError(
                 "--search_scope=depth decides where a cell's op runs: name one for all cells, or "
                 "one for each, by --search_start_op"

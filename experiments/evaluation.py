@@ -107,7 +107,11 @@ class Evaluator:
     def __call__(
         self, state: TrainState, images: data.Images, *, architecture: np.ndarray | None = None
     ) -> Answers:
-        """Answers of a host state under its greedy masks, or under one architecture [L, O]."""
+        """Answers of a host state under its greedy masks, or under one architecture [L, O].
+
+        Raises:
+          ValueError: the architecture has paths that are not computed.
+        """
         return Answers(**self._over(images, self._answer, self._inputs(state, architecture)))
 
     def compile_ahead(self, state: TrainState, images: data.Images) -> None:
@@ -118,8 +122,15 @@ class Evaluator:
         shapes = parallel.replicated_shapes(self._inputs(state, None))
         self._answer.compile(shapes, parallel.shard(dict(batch)))
 
+    def _check(self, architecture: np.ndarray) -> None:
+        running = policy.resolve_empty_cells(architecture, self._setting.spec.forced_cells)[0]
+        if self._paths is not None and (np.asarray(running) > 0.5)[~self._paths].any():
+            raise ValueError("the architecture has paths that this evaluator does not compute")
+
     def _inputs(self, state: TrainState, architecture: np.ndarray | None) -> dict[str, Any]:
         spec = self._setting.spec
+        if architecture is not None:
+            self._check(architecture)
         return {
             "supernet": packing.ravel(supernet.fold(state.supernet)),
             "controller": packing.ravel(controller.fold(state.controller)),
@@ -139,6 +150,7 @@ class Evaluator:
         Args:
           batches: of training images, on the devices; the statistics are their mean.
         """
+        self._check(architecture)
         inputs = {"supernet": packing.ravel(state.supernet), "architecture": architecture}
         replicated = parallel.replicate(inputs)
         moments = [parallel.unreplicate(self._moments(replicated, batch)) for batch in batches]

@@ -39,11 +39,11 @@ def define(defaults: config_lib.Config) -> None:
         define_section(getattr(defaults, section), prefix=prefix)
     flags.DEFINE_string("workdir", None, "Folder for everything of this run. Required.")
     flags.DEFINE_string(
-        "latency_table", "", "Latency table to search with; empty: measure one on this device."
+        "latency_table",
+        "",
+        "Latency table to search with; empty: measure one on this computer's processor.",
     )
-    flags.DEFINE_bool(
-        "allow_foreign_table", False, "Accept a latency table that another device measured."
-    )
+    flags.DEFINE_bool("allow_foreign_table", False, "Accept a latency table of another processor.")
     flags.DEFINE_integer(
         "num_processes",
         1,

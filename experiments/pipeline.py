@@ -82,9 +82,8 @@ class Pipeline:
         )
         devices = parallel.device_count()
         batch_size = math.ceil(min(256, len(dataset.validation)) / devices) * devices
-        self.trained_paths = recipe.trained_paths(self.spec, config)
         self.evaluate = evaluation.Evaluator(
-            self.setting, batch_size=batch_size, paths=self.trained_paths
+            self.setting, batch_size=batch_size, paths=self.planner.trained_paths
         )
 
     def run(self) -> dict[str, Any]:
@@ -231,9 +230,9 @@ class Pipeline:
         return self.planner.variant(name, settled), state
 
     def _pretrain(self, plan: Plan, fresh: TrainState) -> tuple[TrainState, float]:
-        everything_on = self.trained_paths.astype(np.float32)
+        all_trained = self.planner.trained_paths.astype(np.float32)
         return self._run_stage(
-            plan, fresh, validate=lambda state, step: self._validate(state, everything_on)
+            plan, fresh, validate=lambda state, step: self._validate(state, all_trained)
         )
 
     def _search(self, plan: Plan, pretrained: TrainState) -> tuple[dict[str, TrainState], float]:

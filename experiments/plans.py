@@ -40,14 +40,20 @@ class Planner:
     table: latency.LatencyTable
     images: int
 
+    @property
+    def trained_paths(self) -> np.ndarray:
+        """bool [L, O]; no network of the run has another path."""
+        return recipe.trained_paths(self.setting.spec, self.config)
+
     def steps(self, epochs: float, batch_size: int) -> int:
         return recipe.stage_steps(epochs, images=self.images, batch_size=batch_size)
 
     def pretraining(self) -> Plan:
         section = self.config.pretrain
         total_steps = self.steps(section.epochs, section.batch_size)
-        paths = recipe.trained_paths(self.setting.spec, self.config)
-        stage = recipe.pretrain_stage(self.setting, section, total_steps=total_steps, paths=paths)
+        stage = recipe.pretrain_stage(
+            self.setting, section, total_steps=total_steps, paths=self.trained_paths
+        )
         return Plan(stage, section, total_steps)
 
     def search(self) -> Plan:

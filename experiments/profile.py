@@ -1,4 +1,4 @@
-"""Measures a latency table of this device.
+"""Measures a latency table of this computer's processor.
 
 python -m experiments.profile --output=latency_table.json
 """

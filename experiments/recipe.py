@@ -77,17 +77,17 @@ def _start_paths(spec: SupernetSpec, section: SearchConfig) -> np.ndarray:
 
 
 def trained_paths(spec: SupernetSpec, config: Config) -> np.ndarray:
-    """bool [L, O], all that the search may choose, those of the static baselines, and what runs in
-    empty cells: what is pretrained, for no network of the run has another path."""
+    """bool [L, O], what is pretrained: what the search may choose, paths of static baselines and
+    MobileNetV2, and what runs where path dropout leaves a cell empty that can't be."""
     paths = search_settled(spec, config.search).may_run(spec.forced_cells)
     paths[:, policy.FORCED_OP] |= spec.forced_cells
-    for name in config.run.static_ops:
-        paths[:, search_space.op_index(name)] = True
+    baselines = {search_space.op_index(name) for name in config.run.static_ops}
+    paths[:, [search_space.MOBILENETV2_OP, *baselines]] = True
     return paths
 
 
 def pretrain_stage(
-    setting: Setting, section: PretrainConfig, *, total_steps: int, paths: np.ndarray | None = None
+    setting: Setting, section: PretrainConfig, *, total_steps: int, paths: np.ndarray
 ) -> Stage:
     return stages.pretrain(
         setting,

@@ -101,6 +101,7 @@ def collect(
         "dataset": dataset.name,
         "config": config.to_json(),
         "device": environment.describe_device(),
+        "timed_on": environment.describe_device(inference_threads=config.run.inference_threads),
         "trained_on": {
             "devices": parallel.device_count(),
             "processes": parallel.process_count(),

@@ -45,7 +45,8 @@ class SearchConfig:
     start_op: str = setting(
         "",
         "Op that begins likelier on than off, so that greedy masks begin as the architecture of "
-        "this op alone; with commas between, one for each cell, no name for none; empty: none. Of "
+        "this op alone; with commas between, one for each cell. Empty, or no name between two "
+        "commas: none; by --search_scope=depth such a cell never runs. Of "
         f"{', '.join(op.name for op in CANDIDATE_OPS)}.",
     )
     scope: str = setting(

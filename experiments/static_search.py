@@ -66,7 +66,9 @@ def search(
         state = pipeline.evaluate.recalibrated(pretrained, batches, architecture=mask)
         return pipeline.evaluate(state, some, architecture=mask).accuracy
 
-    space = static_nas.Space(pipeline.spec, pipeline.table, budget_ms, paths=pipeline.trained_paths)
+    space = static_nas.Space(
+        pipeline.spec, pipeline.table, budget_ms, paths=pipeline.planner.trained_paths
+    )
     proposed = _METHODS[method](space, fitness, seed=seed)
     with tqdm(total=evaluations, desc=method, unit="architecture", dynamic_ncols=True) as bar:
         evaluated = []

@@ -26,7 +26,7 @@ _PROCESSES = 3
 
 
 def measure_table(spec: SupernetSpec, *, rounds: int, threads: int) -> LatencyTable:
-    """A latency table of this device, with a progress bar."""
+    """A latency table of this computer's processor, with a progress bar."""
     return environment.in_inference_process(profile, spec, rounds, threads=threads)
 
 
@@ -113,7 +113,7 @@ def _make_predictor(network: Timed) -> inference.Predict:
         "supernet_variables": state.supernet,
         "mean": setting.mean,
         "std": setting.std,
-        "lowering": convolution.default_lowering(),  # Of this process, which may not train.
+        "lowering": convolution.default_lowering(),  # Of this process: the CPU's, whatever trains.
     }
     if network.architecture is not None:
         return inference.make_static_predictor(

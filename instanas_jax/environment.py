@@ -44,7 +44,8 @@ _INFERENCE_XLA_FLAGS = {"--xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 def configure_cpu(*, inference_threads: int | None = None) -> None:
-    """Sets XLA's CPU backend up for networks of many small kernels; call it before any other JAX.
+    """Sets XLA's CPU backend up for networks of many small kernels; call it before any other JAX,
+    or it changes nothing.
 
     Does nothing where an accelerator trains, whose compiler reads the same flags. Single images are
     answered and timed on the CPU there too: networks are trained for the processors that will run
@@ -174,7 +175,7 @@ def describe_device(*, inference_threads: int | None = None) -> dict[str, Any]:
       those on which XLA runs a program on the CPU; `backend`, JAX's name of the platform;
       `accelerator`, the device's kind, or None on the CPU.
     """
-    backend = "cpu" if inference_threads else jax.default_backend()
+    backend = "cpu" if inference_threads is not None else jax.default_backend()
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count() or 1,

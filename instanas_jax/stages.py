@@ -44,16 +44,14 @@ def pretrain(
     final_keep: float = 0.5,
     dropout_start: float = 0.5,
     dropout_end: float = 1.0,
-    paths: np.ndarray | None = None,
+    paths: np.ndarray,
 ) -> Stage:
     """Trains the supernet for the task alone, under path dropout.
 
     Args:
       paths: bool [L, O], those that are trained, what runs in empty cells among them; the others
-        are not computed. By default all.
+        are not computed.
     """
-    if paths is None:
-        paths = np.ones(setting.spec.mask_shape, bool)
     rate = optimizers.learning_rate_schedule(
         sgd.schedule, learning_rate=sgd.learning_rate, total_steps=total_steps
     )

@@ -44,6 +44,10 @@ class Space:
     budget_ms: float
     paths: np.ndarray
 
+    def __post_init__(self):
+        if not self.paths[self.spec.forced_cells].any(axis=1).all():
+            raise ValueError("there is no path to choose in a cell that can't be empty")
+
     def image_ms(self, architecture: np.ndarray) -> float:
         """Table time of an architecture [L, O] as a static network."""
         return latency.static_ms(self.table, architecture, self.spec.forced_cells)
@@ -91,12 +95,12 @@ class Space:
     def _with_more(self, architecture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Paths in random order, until a random share of what is left of the budget is spent."""
         spare_ms = rng.uniform() * (self.budget_ms - self.image_ms(architecture))
-        more = architecture.copy()
+        more, rows_ms = architecture.copy(), self._rows_ms
         for place in rng.permutation(architecture.size):
             at = np.unravel_index(place, architecture.shape)
-            if not more[at] and self._rows_ms[at] <= spare_ms:
+            if not more[at] and rows_ms[at] <= spare_ms:
                 more[at] = True
-                spare_ms -= self._rows_ms[at]
+                spare_ms -= rows_ms[at]
         return more
 
     @property

@@ -62,12 +62,16 @@ class TestDepthwise:
             np.testing.assert_array_equal(y[0, :, :, 0], [[0, 0], [0, 1]])
 
     @pytest.mark.parametrize("size", [(4, 4), (2, 1), (1, 9)])
-    def test_maps_that_are_smaller_than_their_kernel(self, size):
-        def plain(x, kernel):
-            return convolution._native(x, kernel[:, :, None, :], 1, groups=4)
+    def test_on_gpus_small_maps_have_room(self, monkeypatch, size):
+        def native(x, kernel):
+            return convolution.depthwise(x, kernel, stride=1, lowering="native")
 
         arrays = random_array(3, *size, 4, seed=0), random_array(5, 5, 4, seed=1)
-        assert_close(native_depthwise(5, 1, size), output_and_gradients(plain, *arrays))
+        plain = output_and_gradients(native, *arrays)
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        text = str(jax.make_jaxpr(lambda *inputs: native(*inputs))(*arrays))
+        assert " pad[" in text and "3,8," in text.replace("f32[", "")
+        assert_close(output_and_gradients(lambda *inputs: native(*inputs), *arrays), plain)
 
     @pytest.mark.parametrize("positions_a_turn", [1, 16, 64])  # One row a turn; some; all.
     @pytest.mark.parametrize("size", SIZES)

@@ -13,8 +13,11 @@ from instanas_jax import environment
 
 @pytest.fixture
 def restored(monkeypatch):
-    """Settings of the process as they were, after the test."""
+    """Settings of the process as they were, after the test; JAX chooses its platform meanwhile."""
+    before = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_platforms", None)
     yield monkeypatch
+    jax.config.update("jax_platforms", before)
     jax.config.update("jax_cpu_enable_async_dispatch", True)
 
 
@@ -127,18 +130,13 @@ def test_images_are_timed_on_the_cpu_where_an_accelerator_trains(restored):
     restored.setenv("NPROC", "")
     restored.setattr(environment, "_has_accelerator_plugin", lambda: True)
     restored.setattr(jax, "default_backend", lambda: "gpu")
-    before = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        device = environment.in_inference_process(environment.describe_device, threads=1)
-        assert device["backend"] == "cpu" and device["accelerator"] is None
-        assert device == environment.describe_device(inference_threads=1)
-        jax.config.update("jax_platforms", None)
-        environment.configure_cpu()
-        assert os.environ["XLA_FLAGS"] == ""
-        environment.configure_cpu(inference_threads=1)
-        assert jax.config.jax_platforms == "cpu" and os.environ["XLA_FLAGS"]  # pyright: ignore
-    finally:
-        jax.config.update("jax_platforms", before)
+    device = environment.in_inference_process(environment.describe_device, threads=1)
+    assert device["backend"] == "cpu" and device["accelerator"] is None
+    assert device == environment.describe_device(inference_threads=1)
+    environment.configure_cpu()
+    assert os.environ["XLA_FLAGS"] == ""
+    environment.configure_cpu(inference_threads=1)
+    assert jax.config.jax_platforms == "cpu" and os.environ["XLA_FLAGS"]  # pyright: ignore
 
 
 def test_the_device_is_named():

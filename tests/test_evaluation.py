@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from experiments import evaluation
 from instanas_jax import augment, feeding, parallel, supernet, train_state
@@ -75,3 +76,31 @@ def test_statistics_are_the_mean_over_batches():
         statistics(halves), statistics(halves[:1]), statistics(halves[1:]), strict=True
     ):
         np.testing.assert_allclose(both, (first + second) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_some_paths_answer_as_they_do_among_all():
+    """And the others, whose weights spoil what they touch, are not computed."""
+    images, state = make_images(), make_state()
+    paths = np.zeros(SPEC.mask_shape, bool)
+    paths[:, [1, 4]] = True
+    few = evaluation.Evaluator(SETTING, batch_size=BATCH, paths=paths)
+    batches = list(feeding.train_batches(images, batch_size=BATCH, seed=0, num_steps=1))
+    spoilt = jax.tree.map(np.copy, state.supernet)
+    for name, cell in spoilt["params"].items():
+        if name.startswith("cell"):
+            cell["project_mbconv_k5_e6"]["kernel"][:] = np.nan
+
+    for architecture in (paths.astype(np.float32), uniform_architecture(SPEC, 1)):
+        expected = evaluation.Evaluator(SETTING, batch_size=BATCH)(
+            state, images, architecture=architecture
+        )
+        answers = few(state.replace(supernet=spoilt), images, architecture=architecture)
+        np.testing.assert_allclose(answers.loss, expected.loss, rtol=1e-4)
+        np.testing.assert_array_equal(answers.mask, expected.mask)
+    recalibrated = few.recalibrated(state, batches, architecture=architecture)
+    before, after = (one.supernet["batch_stats"]["cell_02"] for one in (state, recalibrated))
+    for name, is_same in (("project_mbconv_k5_e6", True), ("project_mbconv_k3_e3", False)):
+        assert np.array_equal(before[name]["mean"], after[name]["mean"]) == is_same
+    for call in (few, lambda *_, **options: few.recalibrated(state, batches, **options)):
+        with pytest.raises(ValueError, match="does not compute"):
+            call(state, images, architecture=uniform_architecture(SPEC, 2))

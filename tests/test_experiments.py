@@ -108,8 +108,10 @@ def test_every_shipped_flagfile_runs_to_its_results(flagfile, tmp_path, fake_dat
     name = PROGRAMS[flagfile.stem.split("_")[0]].DEFAULTS.dataset
     smaller = [*TINY, f"--workdir={tmp_path / 'run'}"]
     if each := re.search("--search_start_op=(.*,.*)", flagfile.read_text()):
-        cells = ModelConfig(preset="tiny").spec(num_classes=10).num_cells
-        smaller.append(f"--search_start_op={','.join(each[1].split(',')[:cells])}")
+        ops = dict.fromkeys(each[1].split(","))
+        ops.pop("", None)
+        names = (list(ops) * 4)[: ModelConfig(preset="tiny").spec(num_classes=10).num_cells]
+        smaller.append(f"--search_start_op={','.join(names)}")
     parse(f"--flagfile={flagfile}", *smaller)
     run._run(name)
     results = json.loads((tmp_path / "run/results.json").read_text())
@@ -486,7 +488,7 @@ def test_each_cell_may_have_a_start_op_of_its_own():
     np.testing.assert_array_equal(settled.on, ~settled.off & spec.forced_cells[:, None])
 
 
-def test_a_cell_without_a_name_never_runs():
+def test_by_depth_a_cell_without_a_name_never_runs():
     config = Config("synthetic")
     spec = config.model.spec(num_classes=10)
     cell = int(np.flatnonzero(~spec.forced_cells)[0])
@@ -512,11 +514,13 @@ def test_what_no_network_of_a_run_has_is_not_pretrained():
     run_config = dataclasses.replace(config.run, static_ops=("basic_conv",))
     paths = recipe.trained_paths(spec, dataclasses.replace(config, search=section, run=run_config))
     expected = np.zeros(spec.mask_shape, bool)
-    for name in ("mbconv_k5_e6", "basic_conv"):
+    for name in ("mbconv_k5_e6", "basic_conv", "mbconv_k3_e6"):  # The last is MobileNetV2's.
         expected[:, search_space.op_index(name)] = True
-    # Pretraining drops paths, and this one runs where a cell that can't be empty has none left.
-    expected[:, policy.FORCED_OP] |= spec.forced_cells
     np.testing.assert_array_equal(paths, expected)
+    # Pretraining drops paths, and one runs where a cell that can't be empty has none left.
+    run_config = dataclasses.replace(config.run, static_ops=("mbconv_k3_e6",))
+    paths = recipe.trained_paths(spec, dataclasses.replace(config, search=section, run=run_config))
+    np.testing.assert_array_equal(paths[:, policy.FORCED_OP], spec.forced_cells)
 
 
 def test_the_search_rewards_by_what_the_flags_say(monkeypatch):

@@ -185,7 +185,9 @@ def run(module: str, *arguments: str) -> subprocess.CompletedProcess:
 
 def read_rows(finished: subprocess.CompletedProcess, path: Path) -> dict[str, dict]:
     assert finished.returncode == 0, finished.stderr
-    rows = {row["name"]: row for row in json.loads(path.read_text())["results"]}
+    report = json.loads(path.read_text())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", report["date"]) and report["seconds"] > 1.0
+    rows = {row["name"]: row for row in report["results"]}
     for name, row in rows.items():
         assert math.isfinite(row["value"]) and row["value"] >= 0.0, name
         assert f"{name}: " in finished.stdout
@@ -217,6 +219,9 @@ def test_a_training_step_is_measured(tmp_path):
     expected = {"native", "remat"} | ({"torch"} if importlib.util.find_spec("torch") else set())
     assert ratios == {f"pretrain_update_{peer}_over_ours" for peer in expected}
     assert rows["pretrain_update_native"]["repeats"] == 1
+    for peer in ("native", "remat"):
+        assert rows[f"pretrain_{peer}_update_planned_memory"]["value"] > 0.0
+        assert rows[f"pretrain_{peer}_update_compile_xla"]["value"] > 0.0
 
 
 def test_devices_are_compared(tmp_path):

@@ -50,7 +50,8 @@ def make_stage(name: str, axis_name: str | None):
     setting = make_setting(axis_name)
     sgd = optimizers.SgdSettings(0.05, weight_decay=1e-4)
     if name == "pretrain":
-        return stages.pretrain(setting, sgd=sgd, total_steps=4)
+        every_path = np.ones(SPEC.mask_shape, bool)
+        return stages.pretrain(setting, sgd=sgd, total_steps=4, paths=every_path)
     if name.startswith("search"):
         reward = search.RewardSettings(
             lower_ms=0.5, upper_start_ms=10.0, upper_end_ms=4.0, negative_weight=-1.0
@@ -280,7 +281,7 @@ def test_pretraining_of_some_paths_draws_and_trains_no_others():
     half = phase(paths=paths, final_keep=0.5, dropout_start=0.0, dropout_end=1e-6)
     masks = np.asarray(half.prepare(state.replace(step=np.int32(1)), dict(batch))["mask"])
     assert not masks[:, ~paths].any() and 0.3 < masks[:, paths].mean() < 0.7
-    some, every = phase(paths=paths), phase()
+    some, every = phase(paths=paths), phase(paths=np.ones_like(paths))
     inputs = some.prepare(state, dict(batch))
     np.testing.assert_array_equal(inputs["mask"], np.broadcast_to(paths, (BATCH, *paths.shape)))
     few, all_ = (jax.jit(one.update)(state, inputs)[0] for one in (some, every))
