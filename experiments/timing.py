@@ -90,21 +90,24 @@ def time_networks(
       For each name an array [number of images], each the median over some processes.
     """
     runs = [
-        environment.in_inference_process(_time_networks, networks, images, first, threads=threads)
+        environment.in_inference_process(
+            _time_networks, networks, images, first, threads, threads=threads
+        )
         for first in range(_PROCESSES)
     ]
     return {name: np.median([run[name] for run in runs], axis=0) for name in networks}
 
 
 def _time_networks(
-    networks: dict[str, Timed], images: Iterable[np.ndarray], first: int
+    networks: dict[str, Timed], images: Iterable[np.ndarray], first: int, threads: int
 ) -> dict[str, np.ndarray]:
     names = list(networks)
     names = [*names[first % len(names) :], *names[: first % len(names)]]
     # One after another: threads would lay them out by chance.
     predictors = [_make_predictor(networks[name]) for name in names]
     environment.release_memory()  # As who deploys one; what compiling left slows every call down.
-    return inference.time_in_turn(dict(zip(names, predictors, strict=True)), images)
+    with environment.pinned(threads):
+        return inference.time_in_turn(dict(zip(names, predictors, strict=True)), images)
 
 
 def _make_predictor(network: Timed) -> inference.Predict:

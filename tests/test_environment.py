@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 
 import jax
 import pytest
@@ -137,6 +138,32 @@ def test_images_are_timed_on_the_cpu_where_an_accelerator_trains(restored):
     assert os.environ["XLA_FLAGS"] == ""
     environment.configure_cpu(inference_threads=1)
     assert jax.config.jax_platforms == "cpu" and os.environ["XLA_FLAGS"]  # pyright: ignore
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system pins no threads")
+def test_threads_are_pinned_for_a_while():
+    """Also those that were there before."""
+    before = os.sched_getaffinity(0)
+    ready, leave = threading.Event(), threading.Event()
+    numbers = []
+
+    def wait():
+        numbers.append(threading.get_native_id())
+        ready.set()
+        leave.wait()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    ready.wait()
+    with pytest.raises(ZeroDivisionError), environment.pinned(1):
+        assert len(os.sched_getaffinity(0)) == 1
+        assert os.sched_getaffinity(numbers[0]) == os.sched_getaffinity(0) <= before
+        raise ZeroDivisionError
+    assert os.sched_getaffinity(0) == os.sched_getaffinity(numbers[0]) == before
+    leave.set()
+    thread.join()
+    with environment.pinned(len(before) + 1):
+        assert os.sched_getaffinity(0) == before
 
 
 def test_the_device_is_named():
