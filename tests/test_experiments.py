@@ -164,6 +164,10 @@ def test_variants_start_from_the_weights_that_are_asked_for(start, tmp_path, fak
         assert restored is not None
         return restored[0], restored[1]["state"]
 
+    # Neither the search nor a baseline has this op, so nothing has trained it.
+    statistics = train_state.unravel(after("pretrain")[1]).supernet["batch_stats"]["cell_02"]
+    for other, is_trained in (("mbconv_k5_e6", False), (op, True), ("mbconv_k3_e6", True)):
+        assert statistics[f"project_{other}"]["mean"].any() == is_trained
     steps, variant = after("finetune_B")  # B is how the search ended.
     for stage in ("pretrain", "search"):
         _, state = after(stage)
