@@ -77,10 +77,9 @@ def _start_paths(spec: SupernetSpec, section: SearchConfig) -> np.ndarray:
 
 
 def trained_paths(spec: SupernetSpec, config: Config) -> np.ndarray:
-    """bool [L, O], what is pretrained: what the search may choose, paths of static baselines and
-    MobileNetV2, and what runs where path dropout leaves a cell empty that can't be."""
+    """bool [L, O], what is pretrained: what the search may choose, MobileNetV2's paths and those of
+    the other static baselines."""
     paths = search_settled(spec, config.search).may_run(spec.forced_cells)
-    paths[:, policy.FORCED_OP] |= spec.forced_cells
     baselines = {search_space.op_index(name) for name in config.run.static_ops}
     paths[:, [search_space.MOBILENETV2_OP, *baselines]] = True
     return paths

@@ -140,8 +140,8 @@ def _keep_freed_memory(*, arenas: int) -> None:
 
 
 @contextlib.contextmanager
-def pinned(processors: int) -> Iterator[None]:
-    """Keeps this process's threads on so many processors, where single images are answered.
+def pinned() -> Iterator[None]:
+    """Keeps this process on as many processors as XLA's pool has threads, to answer single images.
 
     XLA's pool takes part in programs that choose, also on one thread, and a thread that waits wakes
     on whichever processor is idle. On two that had nothing else to do a variant of CIFAR quick took
@@ -149,7 +149,7 @@ def pinned(processors: int) -> Iterator[None]:
     nothing, 0.34 to 0.45 in any case. Does nothing where the system can't.
     """
     threads = _affinities()
-    chosen = set(sorted(os.sched_getaffinity(0))[-processors:]) if threads else set()
+    chosen = set(sorted(os.sched_getaffinity(0))[-_pool_threads() :]) if threads else set()
     try:
         for thread in threads:
             _set_affinity(thread, chosen)

@@ -68,10 +68,24 @@ def greedy(policy_logits: jax.Array) -> jax.Array:
     return (policy_logits >= 0.0).astype(jnp.float32)
 
 
-def random_masks(keys: jax.Array, shape: tuple[int, int], keep: jax.Array | float) -> jax.Array:
-    """Path dropout: one Bernoulli(keep) for each image, cell and op; [B, L, O] float32."""
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, shape))(keys)
-    return (uniform < keep).astype(jnp.float32)
+def path_dropout(
+    keys: jax.Array, paths: np.ndarray, forced_cells: np.ndarray, keep: jax.Array | float
+) -> jax.Array:
+    """One Bernoulli(keep) for each image and path; [B, L, O] float32.
+
+    A cell that can't be empty is not left so where `FORCED_OP`, which would run in it, is not among
+    the paths: it keeps all of its own.
+
+    Args:
+      keys: [B], one for each image.
+      paths: bool [L, O], those that may be on.
+      forced_cells: bool [L], `SupernetSpec.forced_cells`.
+    """
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, paths.shape))(keys)
+    mask = (uniform < keep) & paths
+    refilled = paths & (forced_cells & ~paths[:, FORCED_OP])[:, None]
+    empty = ~jnp.any(mask, axis=-1, keepdims=True)
+    return (mask | (empty & refilled)).astype(jnp.float32)
 
 
 def random_thresholds(keys: jax.Array, spread: float) -> jax.Array:

@@ -49,8 +49,7 @@ def pretrain(
     """Trains the supernet for the task alone, under path dropout.
 
     Args:
-      paths: bool [L, O], those that are trained, what runs in empty cells among them; the others
-        are not computed.
+      paths: bool [L, O], those that are trained; the others are not computed.
     """
     rate = optimizers.learning_rate_schedule(
         sgd.schedule, learning_rate=sgd.learning_rate, total_steps=total_steps
@@ -62,7 +61,7 @@ def pretrain(
         keep = path_keep_probability(
             state.step / total_steps, final=final_keep, start=dropout_start, end=dropout_end
         )
-        mask = policy.random_masks(draws.mask, setting.spec.mask_shape, keep) * paths
+        mask = policy.path_dropout(draws.mask, paths, setting.spec.forced_cells, keep)
         images = augmented(setting, draws, batch)
         return supernet_inputs(images, labels, mask, sgd=sgd, learning_rate=rate(state.step))
 

@@ -141,8 +141,9 @@ def test_images_are_timed_on_the_cpu_where_an_accelerator_trains(restored):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system pins no threads")
-def test_threads_are_pinned_for_a_while():
+def test_threads_are_pinned_for_a_while(monkeypatch):
     """Also those that were there before."""
+    monkeypatch.setenv("NPROC", "1")
     before = os.sched_getaffinity(0)
     ready, leave = threading.Event(), threading.Event()
     numbers = []
@@ -152,17 +153,18 @@ def test_threads_are_pinned_for_a_while():
         ready.set()
         leave.wait()
 
-    thread = threading.Thread(target=wait)
+    thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     ready.wait()
-    with pytest.raises(ZeroDivisionError), environment.pinned(1):
+    with pytest.raises(ZeroDivisionError), environment.pinned():
         assert len(os.sched_getaffinity(0)) == 1
         assert os.sched_getaffinity(numbers[0]) == os.sched_getaffinity(0) <= before
         raise ZeroDivisionError
     assert os.sched_getaffinity(0) == os.sched_getaffinity(numbers[0]) == before
     leave.set()
     thread.join()
-    with environment.pinned(len(before) + 1):
+    monkeypatch.setenv("NPROC", str(len(before) + 1))
+    with environment.pinned():
         assert os.sched_getaffinity(0) == before
 
 

@@ -39,7 +39,6 @@ from instanas_jax import (
     environment,
     metrics,
     parallel,
-    policy,
     search_space,
     train_state,
 )
@@ -521,10 +520,6 @@ def test_what_no_network_of_a_run_has_is_not_pretrained():
     for name in ("mbconv_k5_e6", "basic_conv", "mbconv_k3_e6"):  # The last is MobileNetV2's.
         expected[:, search_space.op_index(name)] = True
     np.testing.assert_array_equal(paths, expected)
-    # Pretraining drops paths, and one runs where a cell that can't be empty has none left.
-    run_config = dataclasses.replace(config.run, static_ops=("mbconv_k3_e6",))
-    paths = recipe.trained_paths(spec, dataclasses.replace(config, search=section, run=run_config))
-    np.testing.assert_array_equal(paths[:, policy.FORCED_OP], spec.forced_cells)
 
 
 def test_the_search_rewards_by_what_the_flags_say(monkeypatch):

@@ -1,5 +1,6 @@
 """The Bernoulli policy by hand, its independence of the batch, and the empty-cell rule."""
 
+import functools
 import math
 
 import chex
@@ -140,12 +141,26 @@ class SampleTest(chex.TestCase):
 
     def test_path_dropout(self):
         keys = jax.random.split(jax.random.key(0), 200)
-        np.testing.assert_array_equal(policy.random_masks(keys, (4, 5), 0.0), 0.0)
-        np.testing.assert_array_equal(policy.random_masks(keys, (4, 5), 1.0), 1.0)
-        mask = policy.random_masks(keys, (4, 5), 0.7)
+        paths, forced = np.ones((4, 5), bool), np.array([True, False, False, True])
+        drop = functools.partial(policy.path_dropout, paths=paths, forced_cells=forced)
+        np.testing.assert_array_equal(drop(keys, keep=0.0), 0.0)
+        np.testing.assert_array_equal(drop(keys, keep=1.0), 1.0)
+        mask = drop(keys, keep=0.7)
         assert mask.shape == (200, 4, 5)
         assert float(mask.mean()) == pytest.approx(0.7, abs=0.04)  # 4000 draws, as above.
-        np.testing.assert_array_equal(policy.random_masks(keys[5:6], (4, 5), 0.7), mask[5:6])
+        np.testing.assert_array_equal(drop(keys[5:6], keep=0.7), mask[5:6])
+
+    def test_path_dropout_leaves_no_cell_to_a_path_that_is_not_there(self):
+        keys = jax.random.split(jax.random.key(0), 200)
+        forced = np.array([True, False, True])
+        paths = np.zeros((3, 5), bool)
+        paths[0, [0, 1]] = paths[1, [0, 1]] = paths[2, [0, policy.FORCED_OP]] = True
+        mask = np.asarray(policy.path_dropout(keys, paths, forced, 0.3))
+        assert not mask[:, ~paths].any()
+        of_cells = mask.sum(axis=-1)
+        # An empty draw of two paths, 0.49 of them, has both; where the fallback is, it stays.
+        np.testing.assert_allclose((of_cells == 0).mean(axis=0), [0.0, 0.49, 0.49], atol=0.18)
+        np.testing.assert_allclose((of_cells == 2).mean(axis=0), [0.58, 0.09, 0.09], atol=0.18)
 
 
 _resolve = jax.jit(policy.resolve_empty_cells)
