@@ -5,9 +5,10 @@ python -m benchmarks.skip_speedup --output=benchmarks/results/skip_speedup.json
 Every execution answers the same images under the same masks, in turn (A B A B), once on one thread
 and once on two. `skipping` holds the controller and decides anew for each image;
 `static_controller` is the subnet compiled for its mask, beside the controller; `static` the subnet
-alone, and so are the peers. `masked` computes every path. Batches are shared out among as many
-programs as there are threads. With --workdir a trained variant answers validation images as well,
-under the masks of its controller.
+alone, and so are the peers. `masked` computes every path. One image is answered in several
+processes, which compile anew, each in another order: where weights and programs happen to lie in
+memory is worth a tenth. Batches are shared out among as many programs as there are threads. With
+--workdir a trained variant answers validation images as well, under the masks of its controller.
 """
 
 import functools
@@ -30,7 +31,10 @@ from instanas_jax.errors import InputError
 from instanas_jax.policy import Settled
 from instanas_jax.search_space import SupernetSpec
 
+Times = dict[str, list[float]]  # Milliseconds of calls by name.
+
 _TIMED_CALLS_IN_A_ROW = 5
+_PROCESSES = 3
 _THREADS = (1, 2)
 _TRAINED_ARCHITECTURES = 3  # The most frequent of a trained controller.
 
@@ -43,14 +47,14 @@ def _define_flags() -> None:
     flags.DEFINE_integer("num_classes", 100, "Classes of the classifier.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 256, "Images of the batch with one mask each.")
     flags.DEFINE_integer("peer_batch_size", 64, "Images of the batch that peers run as well.")
-    flags.DEFINE_integer("rounds", 15, "Turns of each execution.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 5, "Turns of each execution in each process.", lower_bound=1)
 
 
-def _time(calls: dict[str, Call], *, rounds: int) -> dict[str, list[float]]:
+def _time(calls: dict[str, Call], *, rounds: int) -> Times:
     """Milliseconds of each call, in turn, a few calls a turn."""
     for call in calls.values():
         jax.block_until_ready(call())
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: Times = {name: [] for name in calls}
     with environment.pinned():
         for _ in range(rounds):
             for name, call in calls.items():
@@ -62,16 +66,16 @@ def _time(calls: dict[str, Call], *, rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def _rows(case: str, times: dict[str, list[float]], *, over: str) -> list[dict[str, Any]]:
-    """Milliseconds of every execution, and each one's ratio to one of them, turn by turn."""
+def _rows(case: str, times: Times) -> list[dict[str, Any]]:
+    """Milliseconds of every execution, and each one's ratio to skipping, turn by turn."""
     rows = [reporting.measurement(f"{case}_{name}", values, "ms") for name, values in times.items()]
-    reference = _turns(times[over])
+    skipping = _turns(times["skipping"])
     rows += [
         reporting.measurement(
-            f"{case}_{name}_over_{over}", (_turns(values) / reference).tolist(), "ratio"
+            f"{case}_{name}_over_skipping", (_turns(values) / skipping).tolist(), "ratio"
         )
         for name, values in times.items()
-        if name != over
+        if name != "skipping"
     ]
     return rows
 
@@ -82,27 +86,55 @@ def _turns(values: list[float]) -> np.ndarray:
 
 
 def _one_image(
-    case: str, subjects: Subjects, image: np.ndarray, mask: np.ndarray, rounds: int, threads: int
-) -> list[dict[str, Any]]:
-    """One image [1, H, W, 3] under a mask [L, O]."""
-    calls: dict[str, Call] = {
+    subjects: Subjects, image: np.ndarray, mask: np.ndarray, threads: int
+) -> dict[str, Call]:
+    """What answers one image [1, H, W, 3] under a mask [L, O]."""
+    return {
         "skipping": functools.partial(subjects.skipping, image, mask),
         "static_controller": functools.partial(subjects.static_controller(mask), image, mask),
         "static": functools.partial(subjects.static(mask), image[0]),
         "masked": functools.partial(subjects.masked, image, mask[None]),
         **subjects.peers(mask, image, threads=threads),
     }
-    _check_answers(case, calls)
-    return _rows(case, _time(calls, rounds=rounds), over="skipping")
 
 
-def _batches(
-    subjects: Subjects, size: int, peer_size: int, rounds: int, threads: int
-) -> list[dict[str, Any]]:
-    """A batch with a mask an image, one with all masks equal, and one that peers run as well."""
+def _trained_images(masks: np.ndarray) -> dict[str, int]:
+    """By name, an image of each of the most frequent architectures among masks [N, L, O]."""
+    flattened = masks.reshape(len(masks), -1)
+    _, firsts, counts = np.unique(flattened, axis=0, return_index=True, return_counts=True)
+    most = firsts[np.argsort(-counts)][:_TRAINED_ARCHITECTURES]
+    return {f"trained_{rank}": int(place) for rank, place in enumerate(most, start=1)}
+
+
+def _time_one_image(
+    spec: SupernetSpec, trained: tuple[str, str], size: int, rounds: int, threads: int, process: int
+) -> dict[str, Times]:
+    """Times of every case, in an inference process of so many threads."""
+    subjects = Subjects.random(spec, 1)
+    cases = [(name, subjects, subjects.images, mask) for name, mask in subjects.masks().items()]
+    if trained[0]:
+        subjects = Subjects.trained(*trained, size)
+        masks = subjects.decide(subjects.images)
+        cases += [
+            (name, subjects, subjects.images[place : place + 1], masks[place])
+            for name, place in _trained_images(masks).items()
+        ]
+    times = {}
+    for name, subjects, image, mask in tqdm(cases, desc=f"one image, {threads} threads"):
+        calls = _one_image(subjects, image, mask, threads)
+        order = np.roll(list(calls), -process).tolist()
+        calls = {execution: calls[execution] for execution in order}
+        _check_answers(name, calls)
+        times[f"one_image_{name}"] = _time(calls, rounds=rounds)
+    return times
+
+
+def _batches(subjects: Subjects, peer_size: int, threads: int) -> dict[str, dict[str, Call]]:
+    """What answers a batch with a mask an image, one with all masks equal, and one that peers run
+    as well."""
     rng = np.random.default_rng(1)
-    images, predictor = subjects.images[:size], subjects.batch_predictor(threads=threads)
-    shape = (size, *subjects.spec.mask_shape)
+    images, predictor = subjects.images, subjects.batch_predictor(threads=threads)
+    shape = (len(images), *subjects.spec.mask_shape)
     different = (rng.uniform(size=shape) < DENSITIES["medium"]).astype(np.float32)
     mobilenetv2 = subjects.masks()["mobilenetv2"]
     equal = np.broadcast_to(mobilenetv2, shape)
@@ -113,12 +145,12 @@ def _batches(
         predictor.decide(images)
         return predictor.answer(images, masks)
 
-    cases: dict[str, dict[str, Call]] = {
-        f"batch_{size}_different_masks": {
+    return {
+        f"batch_{len(images)}_different_masks": {
             "skipping": functools.partial(answer, different),
             "masked": functools.partial(subjects.masked, images, different),
         },
-        f"batch_{size}_equal_masks": {
+        f"batch_{len(images)}_equal_masks": {
             "skipping": functools.partial(predictor.answer, images, equal),
             "skipping_controller": functools.partial(answer, equal),
             "static": functools.partial(static.answer, images, equal),
@@ -130,49 +162,55 @@ def _batches(
             **subjects.peers(mobilenetv2, images[few], threads=threads),
         },
     }
-    rows = []
-    for name, calls in tqdm(cases.items(), desc=f"batches, {threads} threads", unit="case"):
-        _check_answers(name, calls)
-        rows += _rows(name, _time(calls, rounds=max(1, rounds // 5)), over="skipping")
-    return rows
 
 
-def _trained(subjects: Subjects, rounds: int, threads: int) -> list[dict[str, Any]]:
-    """A trained controller's most frequent architectures one image at a time, and all of its
-    decisions in one batch."""
-    predictor = subjects.batch_predictor(threads=threads)
-    masks = predictor.decide(subjects.images)
-    _, firsts, counts = np.unique(
-        masks.reshape(len(masks), -1), axis=0, return_index=True, return_counts=True
-    )
-    rows = []
-    for rank, place in enumerate(firsts[np.argsort(-counts)][:_TRAINED_ARCHITECTURES], start=1):
-        image = subjects.images[place : place + 1]
-        case = f"one_image_trained_{rank}"
-        rows += _one_image(case, subjects, image, masks[place], rounds, threads)
-    case = f"batch_{len(masks)}_trained"
-    calls: dict[str, Call] = {
-        "skipping": functools.partial(predictor, subjects.images),
-        "masked": functools.partial(subjects.masked, subjects.images, masks),
+def _trained_batch(subjects: Subjects, threads: int) -> dict[str, dict[str, Call]]:
+    """What answers a batch under all decisions of a trained controller."""
+    predictor, images = subjects.batch_predictor(threads=threads), subjects.images
+    masks = predictor.decide(images)
+    return {
+        f"batch_{len(images)}_trained": {
+            "skipping": functools.partial(predictor, images),
+            "masked": functools.partial(subjects.masked, images, masks),
+        }
     }
-    _check_answers(case, calls)
-    return rows + _rows(case, _time(calls, rounds=max(1, rounds // 5)), over="skipping")
+
+
+def _time_batches(
+    spec: SupernetSpec,
+    trained: tuple[str, str],
+    sizes: tuple[int, int],
+    rounds: int,
+    threads: int,
+) -> dict[str, Times]:
+    """As `_time_one_image`."""
+    size, peer_size = sizes
+    cases = _batches(Subjects.random(spec, size), peer_size, threads)
+    if trained[0]:
+        cases |= _trained_batch(Subjects.trained(*trained, size), threads)
+    times = {}
+    for name, calls in tqdm(cases.items(), desc=f"batches, {threads} threads"):
+        _check_answers(name, calls)
+        times[name] = _time(calls, rounds=rounds)
+    return times
 
 
 def _measure(
-    spec: SupernetSpec, sizes: tuple[int, int], rounds: int, trained: tuple[str, str], threads: int
+    spec: SupernetSpec, trained: tuple[str, str], sizes: tuple[int, int], rounds: int, threads: int
 ) -> list[dict[str, Any]]:
-    """All rows of one number of threads, which the process was set up for."""
-    size, peer_size = sizes
-    subjects, rows = Subjects.random(spec, size), []
-    masks = tqdm(subjects.masks().items(), desc=f"one image, {threads} threads", unit="mask")
-    for name, mask in masks:
-        case = f"one_image_{name}"
-        rows += _one_image(case, subjects, subjects.images[:1], mask, rounds, threads)
-    rows += _batches(subjects, size, peer_size, rounds, threads)
-    workdir, variant = trained
-    if workdir:
-        rows += _trained(Subjects.trained(workdir, variant, size), rounds, threads)
+    """All rows of one number of threads."""
+    times: dict[str, Times] = {}
+    for process in range(_PROCESSES):
+        of_process = environment.in_inference_process(
+            _time_one_image, spec, trained, sizes[0], rounds, threads, process, threads=threads
+        )
+        for case, of_case in of_process.items():
+            for name, values in of_case.items():
+                times.setdefault(case, {}).setdefault(name, []).extend(values)
+    times |= environment.in_inference_process(
+        _time_batches, spec, trained, sizes, rounds, threads, threads=threads
+    )
+    rows = [row for case, of_case in times.items() for row in _rows(case, of_case)]
     return [{**row, "name": f"{row['name']}_{threads}t"} for row in rows]
 
 
@@ -237,9 +275,7 @@ def _run() -> None:
     trained = (values.workdir, values.variant)
     rows = _memory(spec)
     for threads in _THREADS:
-        rows += environment.in_inference_process(
-            _measure, spec, (size, peer_size), values.rounds, trained, threads, threads=threads
-        )
+        rows += _measure(spec, trained, (size, peer_size), values.rounds, threads)
     reporting.write_report(values.output, benchmark="skip_speedup", results=rows)
     for row in rows:
         print(f"{row['name']}: {row['value']:.3f} {row['unit']}")

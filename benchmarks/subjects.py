@@ -124,11 +124,7 @@ class Subjects:
 
     def _with_controller(self, settled: Settled) -> Callable[[np.ndarray, np.ndarray], Any]:
         network = self._deploy(settled=settled)
-
-        @jax.jit
-        def run(weights, images, mask):
-            return network.answer(weights, images, mask), network.decide(weights, images)
-
+        run = jax.jit(lambda weights, image, mask: network.under(mask).predict(weights, image))
         return functools.partial(run, network.weights)
 
     def _deploy(self, settled: Settled | None = None) -> inference.Network:

@@ -14,6 +14,7 @@ from instanas_jax import (
     augment,
     controller,
     convolution,
+    fusion,
     packing,
     policy,
     skipping,
@@ -21,7 +22,7 @@ from instanas_jax import (
 )
 from instanas_jax.search_space import SupernetSpec
 
-Predict = Callable[[np.ndarray], tuple[jax.Array, jax.Array]]
+Predict = Callable[[np.ndarray], tuple[jax.Array, jax.Array | np.ndarray]]
 Rule = Callable[[jax.Array], jax.Array]
 
 
@@ -67,6 +68,25 @@ class Network:
             mask[None],
             lowering=self.lowering,
             settled=self.settled,
+        )
+
+    def predict(
+        self, weights: dict[str, packing.Packed], image: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Class logits [1, K] of an image uint8 [1, H, W, 3], and the mask that ran [1, L, O]."""
+        return skipping.apply_deciding(
+            self.spec,
+            weights["supernet"].unpack(),
+            self._normalise(image),
+            lambda features: self.decide(weights, fusion.after(image, features)),
+            lowering=self.lowering,
+            settled=self.settled,
+        )
+
+    def under(self, mask: jax.Array) -> "Network":
+        """This network under a mask [L, O] from outside; the controller runs, for nothing."""
+        return dataclasses.replace(
+            self, rule=lambda policy_logits: fusion.after(mask[None], policy_logits)
         )
 
     def _normalise(self, images: jax.Array) -> jax.Array:
@@ -118,8 +138,8 @@ def make_predictor(spec: SupernetSpec, **state: Any) -> Predict:
         return _static(network)
 
     def predict(weights, image):
-        mask = network.decide(weights, image[None])[0]
-        return network.answer(weights, image[None], mask)[0], mask
+        class_logits, mask = network.predict(weights, image[None])
+        return class_logits[0], mask[0]
 
     return _compile(predict, network.weights, spec)
 
@@ -143,13 +163,14 @@ def _static(network: Network) -> Predict:
     architecture = network.settled.on.astype(np.float32)
 
     def predict(weights, image):
-        mask = jnp.asarray(architecture)
-        return network.answer(weights, image[None], mask)[0], mask
+        return network.answer(weights, image[None], jnp.asarray(architecture))[0]
 
-    return _compile(predict, {"supernet": network.weights["supernet"]}, network.spec)
+    run = _compile(predict, {"supernet": network.weights["supernet"]}, network.spec)
+    # The mask is no result of the program, which would be one more kernel that needs no other.
+    return lambda image: (run(image), architecture)
 
 
-def _compile(predict: Callable[..., Any], weights: Any, spec: SupernetSpec) -> Predict:
+def _compile(predict: Callable[..., Any], weights: Any, spec: SupernetSpec) -> Callable[..., Any]:
     """Compiled now, and kept by the predictor alone: `environment.release_memory` may clear all
     that compiling left behind."""
     image = jax.ShapeDtypeStruct((spec.image_size, spec.image_size, 3), jnp.uint8)

@@ -2,8 +2,8 @@
 
 A predicted latency is the sum of the active paths' rows, what every image pays (stem, head, and the
 controller where it runs), and what deciding costs: something for each cell that switches, and for
-each path beyond the first in such a cell. A path has two rows, one for cells that switch and one
-for settled cells, whose weights are few and at hand.
+each path beyond the first in such a cell. A path has two rows, one for cells that switch between
+several and one for the others, whose weights are few and at hand.
 """
 
 import dataclasses
@@ -20,12 +20,14 @@ from instanas_jax import policy
 from instanas_jax.errors import InputError
 from instanas_jax.search_space import MOBILENETV2_OP, SupernetSpec, uniform_architecture
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 FIXED_PARTS = ("stem", "head", "controller")
-# What whole networks cost beyond their kernels timed alone. A call that computes nothing. Where
-# cells switch: a cell, a path, a megabyte of a path's weights, and a path beyond a cell's first.
-# And, in a static network, a megabyte of weights.
-IN_NETWORK = ("call", "switch", "path", "megabyte", "several", "settled_megabyte")
+# What whole networks cost beyond their kernels timed alone. A call that computes nothing, and for
+# each path whose weights are held beyond one a cell. Where cells switch: a cell, a path, a megabyte
+# of a path's weights, and a path beyond a cell's first. A cell of which one path is undecided: its
+# branches are static networks. And in these: a path. That of a path may be less than nothing, as
+# kernels timed alone are a program each.
+IN_NETWORK = ("call", "held", "switch", "path", "megabyte", "several", "choice", "settled_path")
 _GRIDS = ("cells_ms", "settled_ms", "spread_ms")  # Fields of shape [L, O].
 
 
@@ -40,8 +42,8 @@ class LatencyTable:
     batch_size: int
     dtype: str
     fixed_ms: dict[str, float]  # One entry for each of `FIXED_PARTS`.
-    cells_ms: np.ndarray  # [L, O], in a cell that switches: "path" and "megabyte" are in here.
-    settled_ms: np.ndarray  # [L, O], in a cell that does not: "settled_megabyte" is in here.
+    cells_ms: np.ndarray  # [L, O], where several are left: "path", "megabyte" are in here.
+    settled_ms: np.ndarray  # [L, O], in other cells: "settled_path" is in here.
     spread_ms: np.ndarray  # [L, O], interquartile range of the timed runs.
     repeats: int
     in_network_ms: dict[str, float]  # One entry for each of `IN_NETWORK`.
@@ -114,13 +116,16 @@ def prices(table: LatencyTable, settled: policy.Settled) -> Prices:
 
     Args:
       settled: what the policy decides alike for every image. Cells of which nothing is left to
-        decide do not switch, and where no cell switches the controller does not run.
+        decide do not switch, and where everything is settled the controller does not run.
     """
-    switches = settled.undecided_cells
+    undecided = np.sum(~(settled.on | settled.off), axis=-1)
+    switches = undecided > 1
     rows_ms = np.where(switches[:, None], table.cells_ms, table.settled_ms)
     switches_ms = table.in_network_ms["switch"] * switches.sum()
+    switches_ms += table.in_network_ms["choice"] * np.sum(undecided == 1)
+    held_ms = table.in_network_ms["held"] * (np.sum(~settled.off) - len(switches))
     fixed_ms = table.fixed_total_ms(controller=not settled.everything)
-    return Prices(rows_ms, table.several_ms * switches, float(switches_ms + fixed_ms))
+    return Prices(rows_ms, table.several_ms * switches, float(switches_ms + held_ms + fixed_ms))
 
 
 def image_ms(
@@ -140,8 +145,8 @@ def image_ms(
 
 def static_ms(table: LatencyTable, architecture: np.ndarray, forced_cells: np.ndarray) -> float:
     """Predicted milliseconds of a whole image by one architecture [L, O], as a static network."""
-    running = policy.Settled.architecture(architecture).may_run(forced_cells)
-    return table.fixed_total_ms(controller=False) + float(table.settled_ms[running].sum())
+    settled = policy.Settled.architecture(architecture)
+    return float(image_ms(table, architecture, forced_cells, settled))
 
 
 def baselines(
@@ -267,8 +272,8 @@ def _parse(path: str | os.PathLike[str]) -> LatencyTable:
             f"spec needs {list(shape)}, {sorted(FIXED_PARTS)} and {sorted(IN_NETWORK)}: measure it "
             "anew"
         )
-    times = [*table.fixed_ms.values(), *table.in_network_ms.values()]
-    times += [time for grid in grids.values() for time in grid.flat]
-    if not all(np.isfinite(time) and time >= 0.0 for time in times) or table.settled_ms.max() <= 0:
+    times = [*table.fixed_ms.values(), *(time for grid in grids.values() for time in grid.flat)]
+    finite = np.isfinite([*times, *table.in_network_ms.values()]).all()
+    if not (finite and min(times) >= 0.0 and table.settled_ms.max() > 0.0):
         raise InputError(f"latency table {path} holds a time that is no time: measure it anew")
     return table

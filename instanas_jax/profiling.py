@@ -11,7 +11,7 @@ In a network a path costs more than its kernels alone: its switch, weights that 
 nearest cache, the sum with other paths of its cell. The same rounds time the skipping execution
 of random architectures, and what their times have beyond the sum of their rows is fitted by the
 figures of `latency.IN_NETWORK`. A static network, MobileNetV2's, is timed as well: it has neither
-switches nor a supernet's weights.
+switches nor a supernet's weights. Networks read their image from the host, as who answers does.
 """
 
 import dataclasses
@@ -41,6 +41,7 @@ _FASTEST_MS = 1e-4  # A row is a time: noise must not make it zero or negative.
 # Architectures that are timed whole, with from a twentieth to all but a twentieth of their paths.
 _NETWORKS = 40
 _DENSITIES = (0.05, 0.95)
+_DEPTHS = 10  # Of one network that chooses cells, timed whole as well.
 # Calls after which a static network runs as one that answers image after image: its megabytes are
 # back in the caches, where one call leaves half of what they cost.
 _STATIC_IN_A_ROW = 4
@@ -113,10 +114,15 @@ def measure_beside(
     empty_calls = {key: _empty_call(program) for key, program in distinct.items()}
     masks = whole_networks.random_masks(spec, _NETWORKS, densities=_DENSITIES, seed=seed)
     # One program for all masks: where its weights happen to lie in memory is worth 3 %.
-    network = whole_networks.skipping_network(spec, lowering, jax.random.key(seed))
+    network, idle = whole_networks.skipping_network(spec, lowering, jax.random.key(seed))
+    depth_masks = whole_networks.depth_masks(spec, _DEPTHS, seed=seed)
+    depth_settled = whole_networks.depth_settled(spec)
+    depth, _ = whole_networks.skipping_network(spec, lowering, jax.random.key(seed), depth_settled)
     static, nothing = whole_networks.static_network(spec, lowering, jax.random.key(seed))
     whole: list[Callable[[], Any]] = [
-        *(functools.partial(network, jnp.asarray(mask)) for mask in (*masks, *others)),
+        *(functools.partial(network, jnp.asarray(mask)) for mask in masks),
+        *(functools.partial(depth, jnp.asarray(mask)) for mask in depth_masks),
+        *(functools.partial(network, jnp.asarray(mask)) for mask in others),
         *calls,
     ]
     environment.run_together(
@@ -126,7 +132,7 @@ def measure_beside(
     seconds: dict[Any, list[float]] = {key: [] for key in distinct}
     overhead: dict[Any, list[float]] = {key: [] for key in distinct}
     whole_seconds = np.zeros((rounds, len(whole)))
-    static_seconds, nothing_seconds = np.zeros((2, rounds))
+    static_seconds, nothing_seconds, idle_seconds = np.zeros((3, rounds))
     with environment.pinned():
         for done in range(rounds):
             for key, program in distinct.items():
@@ -134,6 +140,7 @@ def measure_beside(
                 overhead[key].append(empty_calls[key].seconds())
             static_seconds[done] = _seconds(static, untimed=_STATIC_IN_A_ROW)
             nothing_seconds[done] = _seconds(nothing)
+            idle_seconds[done] = _seconds(functools.partial(idle, jnp.asarray(masks[0])))
             for index, call in enumerate(whole):
                 whole_seconds[done, index] = _seconds(call)
             on_round()
@@ -150,16 +157,18 @@ def measure_beside(
     fixed_ms = {name: undisturbed_ms(("fixed", name)) for name in fixed}
     alone_ms = np.array([[undisturbed_ms(key) for key in row] for row in keys])
     whole_ms = _undisturbed(whole_seconds) * 1e3
-    random_ms, others_ms = np.split(whole_ms, (len(masks),))
+    random_ms, depths_ms, others_ms = np.split(whole_ms, np.cumsum((len(masks), _DEPTHS)))
     call_ms = float(_undisturbed(nothing_seconds)) * 1e3
+    idle_ms = float(_undisturbed(idle_seconds)) * 1e3
     kernels_ms = (whole_networks.running_paths(spec, masks) * alone_ms).sum(axis=(1, 2))
     in_network_ms = {
         "call": call_ms,
+        "held": (idle_ms - call_ms) / (alone_ms.size - spec.num_cells),
         **whole_networks.fit_switching(
             spec,
             masks,
             measured_ms=random_ms,
-            kernels_ms=kernels_ms + sum(fixed_ms.values()) + call_ms,
+            kernels_ms=kernels_ms + sum(fixed_ms.values()) + idle_ms,
         ),
         **whole_networks.fit_static(
             spec,
@@ -169,6 +178,13 @@ def measure_beside(
         ),
     }
     megabytes = whole_networks.weight_megabytes(spec)
+    switching_ms = in_network_ms["path"] + in_network_ms["megabyte"] * megabytes
+    settled_ms = np.maximum(alone_ms + in_network_ms["settled_path"], _FASTEST_MS)
+    in_network_ms |= whole_networks.fit_choosing(
+        spec,
+        measured_ms=depths_ms,
+        expected_ms=(depth_masks * settled_ms).sum(axis=(1, 2)) + sum(fixed_ms.values()) + call_ms,
+    )
     table = LatencyTable(
         backend=jax.default_backend(),
         device=environment.describe_device(),
@@ -177,8 +193,8 @@ def measure_beside(
         batch_size=1,
         dtype="float32",
         fixed_ms=fixed_ms,
-        cells_ms=alone_ms + in_network_ms["path"] + in_network_ms["megabyte"] * megabytes,
-        settled_ms=alone_ms + in_network_ms["settled_megabyte"] * megabytes,
+        cells_ms=np.maximum(alone_ms + switching_ms, _FASTEST_MS),
+        settled_ms=settled_ms,
         spread_ms=np.array([[spread_ms(key) for key in row] for row in keys]),
         repeats=rounds,
         in_network_ms=in_network_ms,

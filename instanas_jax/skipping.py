@@ -74,16 +74,54 @@ def apply_skipping(
     Returns:
       [M, K], equal to `supernet.apply_eval` within rounding.
     """
-    chex.assert_shape(mask, (1, *spec.mask_shape))
-    plans = _plans(spec, _or_nothing(spec, settled))
-    resolved, _ = policy.resolve_empty_cells(mask, spec.forced_cells)
-    codes, branches = _decisions(plans, resolved[0])
+    return apply_deciding(
+        spec, weights, images, lambda _: mask, lowering=lowering, settled=settled
+    )[0]
+
+
+def apply_deciding(
+    spec: SupernetSpec,
+    weights: Weights,
+    images: jax.Array,
+    decide: Callable[[jax.Array], jax.Array],
+    *,
+    lowering: convolution.Lowering,
+    settled: policy.Settled | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """As `apply_skipping`, under a mask that is asked for where a cell first needs it.
+
+    Args:
+      decide: gives the mask [1, L, O]; of the features that come to the first undecided cell, or of
+        the class logits if there is none. What it computes runs there if it waits for them; see
+        `fusion.after`.
+
+    Returns:
+      Class logits and the mask.
+    """
+    settled = _or_nothing(spec, settled)
+    plans = _plans(spec, settled)
+    decided = np.append(np.flatnonzero(settled.undecided_cells), spec.num_cells)[0]
+    nothing = jnp.zeros(spec.num_cells, jnp.int32)
     ends = packing.read({name: weights[name] for name in _ENDS})
+
+    def run_cells(cells: range, x: jax.Array, codes: jax.Array, branches: jax.Array) -> jax.Array:
+        for index in cells:
+            cell, plan = spec.cells[index], plans[index]
+            runs = _path_programs(cell, weights["paths"][index], lowering)
+            x = _apply_cell(cell, plan, runs, x, codes[index], branches[index], spec.join)
+        return x
+
     x = supernet.apply_stem(spec, ends, images, lowering=lowering)
-    for index, cell in enumerate(spec.cells):
-        runs = _path_programs(cell, weights["paths"][index], lowering)
-        x = _apply_cell(cell, plans[index], runs, x, codes[index], branches[index], spec.join)
-    return supernet.apply_head(ends, x, lowering=lowering)
+    x = run_cells(range(decided), x, nothing, nothing)
+    if decided == spec.num_cells:
+        class_logits = supernet.apply_head(ends, x, lowering=lowering)
+        return class_logits, decide(class_logits)
+    # One mask, whether it is read here or is a result.
+    mask = lax.optimization_barrier(decide(x))
+    chex.assert_shape(mask, (1, *spec.mask_shape))
+    resolved, _ = policy.resolve_empty_cells(mask, spec.forced_cells)
+    x = run_cells(range(decided, spec.num_cells), x, *_decisions(plans, resolved[0]))
+    return supernet.apply_head(ends, x, lowering=lowering), mask
 
 
 def _or_nothing(spec: SupernetSpec, settled: policy.Settled | None) -> policy.Settled:

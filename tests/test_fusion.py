@@ -1,4 +1,4 @@
-"""`made_once`: the same value and gradient, behind calls."""
+"""Values made once behind calls, and kernels that need each other."""
 
 import jax
 import jax.numpy as jnp
@@ -26,3 +26,21 @@ def test_is_a_call_of_its_own_in_both_directions():
 
     program = jax.jit(jax.grad(of)).lower(jnp.ones((64, 64))).compile().as_text()
     assert program.count(" call(") == 2
+
+
+def test_a_padded_map_stays_as_it_is_behind_a_call():
+    x = jnp.pad(
+        jax.random.normal(jax.random.key(0), (2, 3, 3, 4)), ((0, 0), (1, 1), (1, 1), (0, 0))
+    )
+    np.testing.assert_array_equal(jax.jit(fusion.padded_once)(x), x)
+    program = jax.jit(lambda x: fusion.padded_once(x * 2.0) ** 2).lower(x).compile().as_text()
+    assert program.count(" call(") == 1
+
+
+def test_after_is_the_same_value_and_needs_what_is_known():
+    x, known = jnp.arange(6, dtype=jnp.uint8).reshape(2, 3), jnp.ones((2, 2))
+    np.testing.assert_array_equal(jax.jit(fusion.after)(x, known), x)
+    text = jax.jit(fusion.after).lower(x, known).compile().as_text()
+    entry = text[text.index("ENTRY") :]
+    root = next(line for line in entry.splitlines() if "ROOT" in line)
+    assert "known" in root

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +121,56 @@ def test_an_unchosen_path_does_not_run():
     np.testing.assert_array_equal(run_skipping(poisoned, mask[None]), clean)
     mask[1, 2] = 1.0
     assert np.isnan(run_skipping(poisoned, mask[None])).all()
+
+
+def kernels_that_need_not_the_one_before(program: str) -> list[str]:
+    """Names, in an XLA program's schedule; but the first, which needs none."""
+    made_of: dict[str, set[str]] = {}  # The kernels behind each value.
+    before, astray = None, []
+    for line in program[program.index("ENTRY") :].splitlines()[1:]:
+        found = re.match(r"\s+(?:ROOT )?%(\S+) = .*? ([a-z-]+)\((.*?)\)", line)
+        if found is None:
+            continue
+        name, kind, operands = found.groups()
+        needs = set().union(*(made_of[part] for part in re.findall(r"%([^\s,]+)", operands)))
+        if kind in ("parameter", "constant", "bitcast", "tuple", "get-tuple-element"):
+            made_of[name] = needs
+            continue
+        if before is not None and before not in needs:
+            astray.append(name)
+        made_of[name] = {name}
+        before = name
+    return astray
+
+
+def compiled_predictor(kind: str, controller_kind: str) -> str:
+    """The program of one image, for `environment.in_inference_process`."""
+    spec = preset("tiny", num_classes=10, controller=controller_kind, controller_pool=2)
+    network = inference.deploy(
+        spec,
+        supernet_variables=supernet.init(jax.random.key(0), spec),
+        controller_variables=controller.init(jax.random.key(1), spec),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        lowering="shifted",
+        settled=whole_networks.depth_settled(spec)
+        if kind == "depth"
+        else policy.Settled.architecture(uniform_architecture(spec, 0)),
+    )
+    image = np.zeros((1, spec.image_size, spec.image_size, 3), np.uint8)
+    return jax.jit(network.predict).lower(network.weights, image).compile().as_text()
+
+
+@pytest.mark.parametrize("controller_kind", ["patches", "residual_small"])
+@pytest.mark.parametrize("kind", ["depth", "architecture"])
+def test_a_predictor_is_one_chain_of_kernels(monkeypatch, kind, controller_kind):
+    """So XLA runs it on the thread that calls; see `fusion.after`."""
+    monkeypatch.setenv("XLA_FLAGS", "")  # Those of the tests make other kernels.
+    program = environment.in_inference_process(
+        compiled_predictor, kind, controller_kind, threads=1
+    )
+    assert program.count(" dot(") > SPEC.num_cells
+    assert kernels_that_need_not_the_one_before(program) == []
 
 
 def test_the_program_decides_cell_by_cell():
@@ -269,10 +320,11 @@ def test_a_measured_table_is_complete_and_positive():
     assert table.repeats == 2 and table.batch_size == 1
 
 
-def test_what_networks_cost_beyond_their_kernels_is_found_again():
+@pytest.mark.parametrize("path", [0.03, -0.03])
+def test_what_networks_cost_beyond_their_kernels_is_found_again(path):
     """Times made of known figures, without noise."""
     masks = whole_networks.random_masks(SPEC, 30, densities=(0.05, 0.95), seed=3)
-    known = {"switch": 0.02, "path": 0.03, "megabyte": 0.5, "several": 0.04}
+    known = {"switch": 0.02, "path": path, "megabyte": 0.5, "several": 0.04}
     running = whole_networks.running_paths(SPEC, masks)
     paths = running.sum(axis=-1)
     kernels_ms = np.random.default_rng(0).uniform(1.0, 2.0, len(masks))
@@ -293,12 +345,27 @@ def test_what_networks_cost_beyond_their_kernels_is_found_again():
 def test_what_a_static_network_costs_beyond_its_kernels():
     alone_ms = np.random.default_rng(0).uniform(0.1, 0.2, SPEC.mask_shape)
     kernels_ms = alone_ms[:, 0].sum() + 0.3  # MobileNetV2 runs op 0, stem and head take 0.3.
-    megabytes = cost.path_costs(SPEC)[1][:, 0].sum() * 4 / 1e6
-    for beyond, expected in ((0.2, 0.2 / megabytes), (-0.2, 0.0)):
+    for beyond in (0.2, -0.2):
         found = whole_networks.fit_static(
             SPEC, alone_ms, measured_ms=kernels_ms + beyond, fixed_ms=0.3
         )
-        assert found == {"settled_megabyte": pytest.approx(expected)}
+        assert found == {"settled_path": pytest.approx(beyond / SPEC.num_cells)}
+
+
+def test_what_choosing_a_cell_costs():
+    masks = whole_networks.depth_masks(SPEC, 12, seed=0)
+    settled = whole_networks.depth_settled(SPEC)
+    optional = ~SPEC.forced_cells
+    assert (masks[:, SPEC.forced_cells, 0] == 1.0).all() and not masks[:, :, 1:].any()
+    assert 0.2 < masks[:, optional, 0].mean() < 0.8
+    np.testing.assert_array_equal(settled.undecided_cells, optional)
+    assert settled.on[SPEC.forced_cells, 0].all() and settled.off[:, 1:].all()
+    expected_ms = np.linspace(1.0, 2.0, len(masks))
+    for beyond, choice in ((0.4, 0.4 / optional.sum()), (-0.4, 0.0)):
+        found = whole_networks.fit_choosing(
+            SPEC, measured_ms=expected_ms + beyond, expected_ms=expected_ms
+        )
+        assert found == {"choice": pytest.approx(choice)}
 
 
 def test_other_networks_are_timed_beside_the_table():

@@ -75,7 +75,7 @@ def test_fixed_parts_leave_the_controller_out_for_static_architectures():
 
 def test_deciding_costs_where_something_is_left_to_decide():
     in_network_ms = dict.fromkeys(latency.IN_NETWORK, 9.0)
-    in_network_ms |= {"call": 0.0, "switch": 0.01, "several": 0.1}
+    in_network_ms |= {"call": 0.0, "held": 0.001, "switch": 0.01, "several": 0.1}
     table = make_table(in_network_ms=in_network_ms)
     # A path that runs without a switch takes half as long.
     table = dataclasses.replace(table, settled_ms=table.cells_ms / 2)
@@ -87,13 +87,25 @@ def test_deciding_costs_where_something_is_left_to_decide():
         return float(latency.image_ms(table, mask, SPEC.forced_cells, settled))
 
     undecided = policy.Settled.nothing(SPEC.mask_shape)
-    assert predicted(undecided) == pytest.approx(rows + (1 + 2) * 0.1 + 4 * 0.01 + 0.875)
+    held = (20 - 4) * 0.001
+    assert predicted(undecided) == pytest.approx(rows + (1 + 2) * 0.1 + 4 * 0.01 + held + 0.875)
     cell_0_settled = policy.Settled.nothing(SPEC.mask_shape)
     cell_0_settled.on[0, :2] = cell_0_settled.off[0, 2:] = True
-    assert predicted(cell_0_settled) == pytest.approx(rows - 1.5 + 2 * 0.1 + 3 * 0.01 + 0.875)
+    held = (17 - 4) * 0.001  # 3 of the first cell's are off for good.
+    assert predicted(cell_0_settled) == pytest.approx(
+        rows - 1.5 + 2 * 0.1 + 3 * 0.01 + held + 0.875
+    )
+    # One path of cell 0 is left to decide, for which it switches between static networks.
+    cell_0_settled.off[0, 4] = False
+    held, choice = (18 - 4) * 0.001, 9.0
+    assert predicted(cell_0_settled) == pytest.approx(
+        rows - 1.5 + 2 * 0.1 + 3 * 0.01 + choice + held + 0.875
+    )
     # One architecture is left: neither switches nor the controller run.
-    assert predicted(policy.Settled.architecture(mask)) == pytest.approx(rows / 2 + 0.75)
-    assert latency.static_ms(table, mask, SPEC.forced_cells) == pytest.approx(rows / 2 + 0.75)
+    held = (5 - 4) * 0.001
+    assert predicted(policy.Settled.architecture(mask)) == pytest.approx(rows / 2 + held + 0.75)
+    static_ms = latency.static_ms(table, mask, SPEC.forced_cells)
+    assert static_ms == pytest.approx(rows / 2 + held + 0.75)
 
 
 def test_a_saved_table_loads_equal(tmp_path):
