@@ -55,14 +55,13 @@ def _time(calls: dict[str, Call], *, rounds: int) -> Times:
     for call in calls.values():
         jax.block_until_ready(call())
     times: Times = {name: [] for name in calls}
-    with environment.pinned():
-        for _ in range(rounds):
-            for name, call in calls.items():
-                jax.block_until_ready(call())  # Its weights come back into cache.
-                for _ in range(_TIMED_CALLS_IN_A_ROW):
-                    start = time.perf_counter()
-                    jax.block_until_ready(call())
-                    times[name].append((time.perf_counter() - start) * 1e3)
+    for _ in range(rounds):
+        for name, call in calls.items():
+            jax.block_until_ready(call())  # Its weights come back into cache.
+            for _ in range(_TIMED_CALLS_IN_A_ROW):
+                start = time.perf_counter()
+                jax.block_until_ready(call())
+                times[name].append((time.perf_counter() - start) * 1e3)
     return times
 
 

@@ -106,8 +106,7 @@ def _time_networks(
     # One after another: threads would lay them out by chance.
     predictors = [_make_predictor(networks[name]) for name in names]
     environment.release_memory()  # As who deploys one; what compiling left slows every call down.
-    with environment.pinned():
-        return inference.time_in_turn(dict(zip(names, predictors, strict=True)), images)
+    return inference.time_in_turn(dict(zip(names, predictors, strict=True)), images)
 
 
 def _make_predictor(network: Timed) -> inference.Predict:

@@ -1,7 +1,6 @@
 """The machine: how XLA's CPU backend is set up here, and what a measurement ran on."""
 
 import concurrent.futures
-import contextlib
 import ctypes
 import functools
 import gc
@@ -12,7 +11,7 @@ import multiprocessing
 import os
 import pathlib
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -22,7 +21,6 @@ import instanas_jax
 Result = TypeVar("Result")
 
 _CPU_INFO = pathlib.Path("/proc/cpuinfo")
-_THREADS = pathlib.Path("/proc/self/task")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 # Options of glibc's mallopt, from <malloc.h>.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -137,42 +135,6 @@ def _keep_freed_memory(*, arenas: int) -> None:
         _libc.mallopt(_MMAP_MAX, 0)
         _libc.mallopt(_TRIM_THRESHOLD, -1)  # Never trims.
         _libc.mallopt(_ARENA_MAX, arenas)
-
-
-@contextlib.contextmanager
-def pinned() -> Iterator[None]:
-    """Keeps this process on as many processors as XLA's pool has threads, to answer single images.
-
-    XLA's pool takes part in programs that choose, also on one thread, and a thread that waits wakes
-    on whichever processor is idle. On two that had nothing else to do a variant of CIFAR quick took
-    0.30 to 0.39 ms; beside another program, or pinned, 0.21 to 0.29; MobileNetV2, which chooses
-    nothing, 0.34 to 0.45 in any case. Does nothing where the system can't.
-    """
-    threads = _affinities()
-    chosen = set(sorted(os.sched_getaffinity(0))[-_pool_threads() :]) if threads else set()
-    try:
-        for thread in threads:
-            _set_affinity(thread, chosen)
-        yield
-    finally:
-        for thread, before in threads.items():
-            _set_affinity(thread, before)
-
-
-def _affinities() -> dict[int, set[int]]:
-    """Processors of each thread of this process; none where that is not known."""
-    if not (hasattr(os, "sched_setaffinity") and _THREADS.is_dir()):
-        return {}
-    found = {}
-    for name in os.listdir(_THREADS):
-        with contextlib.suppress(ProcessLookupError):  # A thread that has ended.
-            found[int(name)] = os.sched_getaffinity(int(name))
-    return found
-
-
-def _set_affinity(thread: int, processors: set[int]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.sched_setaffinity(thread, processors)
 
 
 def release_memory() -> None:

@@ -133,17 +133,16 @@ def measure_beside(
     overhead: dict[Any, list[float]] = {key: [] for key in distinct}
     whole_seconds = np.zeros((rounds, len(whole)))
     static_seconds, nothing_seconds, idle_seconds = np.zeros((3, rounds))
-    with environment.pinned():
-        for done in range(rounds):
-            for key, program in distinct.items():
-                seconds[key].append(program.seconds())
-                overhead[key].append(empty_calls[key].seconds())
-            static_seconds[done] = _seconds(static, untimed=_STATIC_IN_A_ROW)
-            nothing_seconds[done] = _seconds(nothing)
-            idle_seconds[done] = _seconds(functools.partial(idle, jnp.asarray(masks[0])))
-            for index, call in enumerate(whole):
-                whole_seconds[done, index] = _seconds(call)
-            on_round()
+    for done in range(rounds):
+        for key, program in distinct.items():
+            seconds[key].append(program.seconds())
+            overhead[key].append(empty_calls[key].seconds())
+        static_seconds[done] = _seconds(static, untimed=_STATIC_IN_A_ROW)
+        nothing_seconds[done] = _seconds(nothing)
+        idle_seconds[done] = _seconds(functools.partial(idle, jnp.asarray(masks[0])))
+        for index, call in enumerate(whole):
+            whole_seconds[done, index] = _seconds(call)
+        on_round()
 
     def undisturbed_ms(key: Any) -> float:
         net = _undisturbed(seconds[key]) - _undisturbed(overhead[key])

@@ -4,7 +4,6 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 
 import jax
 import pytest
@@ -138,34 +137,6 @@ def test_images_are_timed_on_the_cpu_where_an_accelerator_trains(restored):
     assert os.environ["XLA_FLAGS"] == ""
     environment.configure_cpu(inference_threads=1)
     assert jax.config.jax_platforms == "cpu" and os.environ["XLA_FLAGS"]  # pyright: ignore
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system pins no threads")
-def test_threads_are_pinned_for_a_while(monkeypatch):
-    """Also those that were there before."""
-    monkeypatch.setenv("NPROC", "1")
-    before = os.sched_getaffinity(0)
-    ready, leave = threading.Event(), threading.Event()
-    numbers = []
-
-    def wait():
-        numbers.append(threading.get_native_id())
-        ready.set()
-        leave.wait()
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    ready.wait()
-    with pytest.raises(ZeroDivisionError), environment.pinned():
-        assert len(os.sched_getaffinity(0)) == 1
-        assert os.sched_getaffinity(numbers[0]) == os.sched_getaffinity(0) <= before
-        raise ZeroDivisionError
-    assert os.sched_getaffinity(0) == os.sched_getaffinity(numbers[0]) == before
-    leave.set()
-    thread.join()
-    monkeypatch.setenv("NPROC", str(len(before) + 1))
-    with environment.pinned():
-        assert os.sched_getaffinity(0) == before
 
 
 def test_the_device_is_named():

@@ -166,9 +166,7 @@ def compiled_predictor(kind: str, controller_kind: str) -> str:
 def test_a_predictor_is_one_chain_of_kernels(monkeypatch, kind, controller_kind):
     """So XLA runs it on the thread that calls; see `fusion.after`."""
     monkeypatch.setenv("XLA_FLAGS", "")  # Those of the tests make other kernels.
-    program = environment.in_inference_process(
-        compiled_predictor, kind, controller_kind, threads=1
-    )
+    program = environment.in_inference_process(compiled_predictor, kind, controller_kind, threads=1)
     assert program.count(" dot(") > SPEC.num_cells
     assert kernels_that_need_not_the_one_before(program) == []
 
