@@ -14,6 +14,7 @@ memory is worth a tenth. Batches are shared out among as many programs as there 
 import functools
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -85,16 +86,25 @@ def _turns(values: list[float]) -> np.ndarray:
 
 
 def _one_image(
-    subjects: Subjects, image: np.ndarray, mask: np.ndarray, threads: int
+    subjects: Subjects, image: np.ndarray, mask: np.ndarray, threads: int, first: int
 ) -> dict[str, Call]:
-    """What answers one image [1, H, W, 3] under a mask [L, O]."""
-    return {
-        "skipping": functools.partial(subjects.skipping, image, mask),
-        "static_controller": functools.partial(subjects.static_controller(mask), image, mask),
-        "static": functools.partial(subjects.static(mask), image[0]),
-        "masked": functools.partial(subjects.masked, image, mask[None]),
-        **subjects.peers(mask, image, threads=threads),
+    """What answers one image [1, H, W, 3] under a mask [L, O], laid out one after another from the
+    place `first` on."""
+    makers: dict[str, Callable[[], Call]] = {
+        "skipping": lambda: functools.partial(subjects.skipping(), image, mask),
+        "static_controller": lambda: functools.partial(
+            subjects.static_controller(mask), image, mask
+        ),
+        "static": lambda: functools.partial(subjects.static(mask), image[0]),
+        "masked": lambda: functools.partial(subjects.masked, image, mask[None]),
     }
+    names = list(makers)
+    names = [*names[first % len(names) :], *names[: first % len(names)]]
+    calls = {}
+    for name in names:
+        calls[name] = makers[name]()
+        jax.block_until_ready(calls[name]())
+    return {**calls, **subjects.peers(mask, image, threads=threads)}
 
 
 def _trained_images(masks: np.ndarray) -> dict[str, int]:
@@ -120,9 +130,7 @@ def _time_one_image(
         ]
     times = {}
     for name, subjects, image, mask in tqdm(cases, desc=f"one image, {threads} threads"):
-        calls = _one_image(subjects, image, mask, threads)
-        order = np.roll(list(calls), -process).tolist()
-        calls = {execution: calls[execution] for execution in order}
+        calls = _one_image(subjects, image, mask, threads, process)
         _check_answers(name, calls)
         times[f"one_image_{name}"] = _time(calls, rounds=rounds)
     return times

@@ -113,7 +113,6 @@ class Subjects:
     def _normalise(self, images: Any) -> jax.Array:
         return augment.normalise(images, mean=self.state["mean"], std=self.state["std"])
 
-    @functools.cached_property
     def skipping(self) -> Callable[[np.ndarray, np.ndarray], Any]:
         """Of one image and a mask [L, O] from outside; the controller runs all the same."""
         return self._with_controller(self.settled)

@@ -90,16 +90,14 @@ def time_networks(
       For each name an array [number of images], each the median over some processes.
     """
     runs = [
-        environment.in_inference_process(
-            _time_networks, networks, images, first, threads, threads=threads
-        )
+        environment.in_inference_process(_time_networks, networks, images, first, threads=threads)
         for first in range(_PROCESSES)
     ]
     return {name: np.median([run[name] for run in runs], axis=0) for name in networks}
 
 
 def _time_networks(
-    networks: dict[str, Timed], images: Iterable[np.ndarray], first: int, threads: int
+    networks: dict[str, Timed], images: Iterable[np.ndarray], first: int
 ) -> dict[str, np.ndarray]:
     names = list(networks)
     names = [*names[first % len(names) :], *names[: first % len(names)]]

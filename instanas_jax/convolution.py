@@ -181,7 +181,7 @@ def _pad(x: jax.Array, pad: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _depthwise_shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    padded = fusion.padded_once(_pad(x, kernel.shape[0] // 2))
+    padded = fusion.padded_once(x, kernel.shape[0] // 2)
     return _weighted_taps(padded, kernel, stride, _out_size(x, stride))
 
 

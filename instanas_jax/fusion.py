@@ -14,9 +14,14 @@ def after(x: jax.Array, known: jax.Array) -> jax.Array:
     wake on other processors. So a controller that looks at an image beside the network costs a
     narrow network a tenth of its time, and a third where processors are idle.
 
+    Chains are networks of which at most one path of a cell is undecided, under a controller over
+    patches or the small residual one.
+
     Args:
-      known: NaN in its first value turns x to zeros, which XLA can't rule out.
+      known: of floating point. NaN in its first value turns x to zeros, which XLA can't rule out.
     """
+    if not jnp.issubdtype(known.dtype, jnp.floating):
+        raise TypeError(f"nothing waits for {known.dtype}, which is never NaN")
     return jnp.where(jnp.isnan(jnp.ravel(known)[0]), jnp.zeros_like(x), x)
 
 
@@ -25,14 +30,18 @@ def _zero_first(x: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice(x, jnp.zeros((1,) * x.ndim, x.dtype), (0,) * x.ndim)
 
 
-def padded_once(x: jax.Array) -> jax.Array:
-    """As `made_once`, of a map whose first value is zero, which is written anew in its place.
+def padded_once(x: jax.Array, pad: int) -> jax.Array:
+    """Maps [B, H, W, C] with `pad` zeros around, made once as by `made_once`.
 
-    So the call does something, and keeps its place among the kernels that need each other; see
-    `after`. It has no gradient of its own.
+    The call writes the first of these zeros again, in its place: a call that did nothing would be
+    one more kernel that needs no other; see `after`. For functions that have a gradient of their
+    own: this one's is that of the write.
     """
+    if not pad:
+        return x
+    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     with xla_metadata.set_xla_metadata(inlineable="false"):
-        return _zero_first(x)
+        return _zero_first(padded)
 
 
 @jax.jit

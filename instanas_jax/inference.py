@@ -30,7 +30,8 @@ Rule = Callable[[jax.Array], jax.Array]
 class Network:
     """A trained state laid out to answer: batch norm folded, weights packed.
 
-    `decide` and `answer` are pure functions of `weights`, to be jitted by whoever runs them.
+    `decide`, `answer` and `predict` are pure functions of `weights`, to be jitted by whoever runs
+    them.
 
     Attributes:
       spec: of the supernet.
@@ -133,15 +134,7 @@ def make_predictor(spec: SupernetSpec, **state: Any) -> Predict:
     Returns:
       A function giving class_logits [K] and the mask that ran [L, O].
     """
-    network = deploy(spec, **state)
-    if network.settled.everything:
-        return _static(network)
-
-    def predict(weights, image):
-        class_logits, mask = network.predict(weights, image[None])
-        return class_logits[0], mask[0]
-
-    return _compile(predict, network.weights, spec)
+    return _predictor(deploy(spec, **state))
 
 
 def make_static_predictor(
@@ -156,25 +149,44 @@ def make_static_predictor(
     """As `make_predictor`, without a controller: compiled for one architecture [L, O]."""
     settled = policy.Settled.architecture(architecture)
     weights = {"supernet": _packed_paths(spec, supernet_variables, settled)}
-    return _static(Network(spec, weights, settled, mean, std, lowering))
+    return _predictor(Network(spec, weights, settled, mean, std, lowering))
 
 
-def _static(network: Network) -> Predict:
+def _predictor(network: Network) -> Predict:
+    run = functools.partial(compile_predictor(network), _weights(network))
+    if not network.settled.everything:
+        return run
     architecture = network.settled.on.astype(np.float32)
-
-    def predict(weights, image):
-        return network.answer(weights, image[None], jnp.asarray(architecture))[0]
-
-    run = _compile(predict, {"supernet": network.weights["supernet"]}, network.spec)
-    # The mask is no result of the program, which would be one more kernel that needs no other.
+    architecture.flags.writeable = False  # Every answer holds it.
     return lambda image: (run(image), architecture)
 
 
-def _compile(predict: Callable[..., Any], weights: Any, spec: SupernetSpec) -> Callable[..., Any]:
-    """Compiled now, and kept by the predictor alone: `environment.release_memory` may clear all
-    that compiling left behind."""
+def compile_predictor(network: Network) -> Any:
+    """The program of one image, compiled now and kept by whoever holds it alone:
+    `environment.release_memory` may clear all that compiling left behind.
+
+    Returns:
+      Of the weights and an image uint8 [H, W, 3]: class logits [K], and the mask that ran [L, O]
+      unless everything is settled. A mask that is a constant would be one more kernel that needs
+      no other.
+    """
+
+    def predict(weights, image):
+        if network.settled.everything:
+            return network.answer(weights, image[None], jnp.asarray(network.settled.on, float))[0]
+        class_logits, mask = network.predict(weights, image[None])
+        return class_logits[0], mask[0]
+
+    spec = network.spec
     image = jax.ShapeDtypeStruct((spec.image_size, spec.image_size, 3), jnp.uint8)
-    return functools.partial(jax.jit(predict).lower(weights, image).compile(), weights)
+    return jax.jit(predict).lower(_weights(network), image).compile()
+
+
+def _weights(network: Network) -> dict[str, packing.Packed]:
+    """Without the controller's, where it decides nothing."""
+    if network.settled.everything:
+        return {"supernet": network.weights["supernet"]}
+    return network.weights
 
 
 def _packed_paths(

@@ -1,9 +1,8 @@
 """The latency table: what each path costs on one device, in milliseconds for one image.
 
 A predicted latency is the sum of the active paths' rows, what every image pays (stem, head, and the
-controller where it runs), and what deciding costs: something for each cell that switches, and for
-each path beyond the first in such a cell. A path has two rows, one for cells that switch between
-several and one for the others, whose weights are few and at hand.
+controller where it runs), and what deciding costs. A path has two rows, one for cells that switch
+between several and one for the others, whose weights are few and at hand.
 """
 
 import dataclasses
@@ -22,12 +21,16 @@ from instanas_jax.search_space import MOBILENETV2_OP, SupernetSpec, uniform_arch
 
 SCHEMA_VERSION = 4
 FIXED_PARTS = ("stem", "head", "controller")
-# What whole networks cost beyond their kernels timed alone. A call that computes nothing, and for
-# each path whose weights are held beyond one a cell. Where cells switch: a cell, a path, a megabyte
-# of a path's weights, and a path beyond a cell's first. A cell of which one path is undecided: its
-# branches are static networks. And in these: a path. That of a path may be less than nothing, as
-# kernels timed alone are a program each.
+# What whole networks cost beyond their kernels timed alone:
+# call: a call that computes nothing, without weights of paths.
+# held: weights of a path as arguments of a call, whether it runs or not.
+# switch, path, megabyte, several: where two or more paths of a cell are undecided, the cell, a path
+#   that runs, a megabyte of its weights, and a path beyond the cell's first.
+# choice: a cell that runs its one undecided path or nothing; its path runs as in a static network.
+# settled_path: a path of a static network.
+# `path` and `settled_path` may be less than zero, as a kernel timed alone is a program of its own.
 IN_NETWORK = ("call", "held", "switch", "path", "megabyte", "several", "choice", "settled_path")
+_MAY_SAVE = ("path", "settled_path")
 _GRIDS = ("cells_ms", "settled_ms", "spread_ms")  # Fields of shape [L, O].
 
 
@@ -42,8 +45,8 @@ class LatencyTable:
     batch_size: int
     dtype: str
     fixed_ms: dict[str, float]  # One entry for each of `FIXED_PARTS`.
-    cells_ms: np.ndarray  # [L, O], where several are left: "path", "megabyte" are in here.
-    settled_ms: np.ndarray  # [L, O], in other cells: "settled_path" is in here.
+    cells_ms: np.ndarray  # [L, O], in a cell that switches: "path" and "megabyte" are in here.
+    settled_ms: np.ndarray  # [L, O], in other cells: "settled_path" and "held" are in here.
     spread_ms: np.ndarray  # [L, O], interquartile range of the timed runs.
     repeats: int
     in_network_ms: dict[str, float]  # One entry for each of `IN_NETWORK`.
@@ -116,14 +119,16 @@ def prices(table: LatencyTable, settled: policy.Settled) -> Prices:
 
     Args:
       settled: what the policy decides alike for every image. Cells of which nothing is left to
-        decide do not switch, and where everything is settled the controller does not run.
+        decide, or whether their one path runs, do not switch; and where everything is settled the
+        controller does not run.
     """
     undecided = np.sum(~(settled.on | settled.off), axis=-1)
-    switches = undecided > 1
+    chooses = (undecided == 1) & ~settled.on.any(axis=-1)
+    switches = (undecided > 0) & ~chooses
     rows_ms = np.where(switches[:, None], table.cells_ms, table.settled_ms)
     switches_ms = table.in_network_ms["switch"] * switches.sum()
-    switches_ms += table.in_network_ms["choice"] * np.sum(undecided == 1)
-    held_ms = table.in_network_ms["held"] * (np.sum(~settled.off) - len(switches))
+    switches_ms += table.in_network_ms["choice"] * np.sum(chooses)
+    held_ms = table.in_network_ms["held"] * np.sum(~settled.off[switches])
     fixed_ms = table.fixed_total_ms(controller=not settled.everything)
     return Prices(rows_ms, table.several_ms * switches, float(switches_ms + held_ms + fixed_ms))
 
@@ -273,7 +278,9 @@ def _parse(path: str | os.PathLike[str]) -> LatencyTable:
             "anew"
         )
     times = [*table.fixed_ms.values(), *(time for grid in grids.values() for time in grid.flat)]
+    beyond = table.in_network_ms.items()
     finite = np.isfinite([*times, *table.in_network_ms.values()]).all()
+    times += [time for name, time in beyond if name not in _MAY_SAVE]
     if not (finite and min(times) >= 0.0 and table.settled_ms.max() > 0.0):
         raise InputError(f"latency table {path} holds a time that is no time: measure it anew")
     return table

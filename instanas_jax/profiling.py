@@ -10,8 +10,9 @@ subtracted.
 In a network a path costs more than its kernels alone: its switch, weights that have left the
 nearest cache, the sum with other paths of its cell. The same rounds time the skipping execution
 of random architectures, and what their times have beyond the sum of their rows is fitted by the
-figures of `latency.IN_NETWORK`. A static network, MobileNetV2's, is timed as well: it has neither
-switches nor a supernet's weights. Networks read their image from the host, as who answers does.
+figures of `latency.IN_NETWORK`. MobileNetV2 is timed as well, which has neither switches nor a
+supernet's weights: compiled for itself, and choosing which of its cells run. Networks read their
+image from the host, as who answers does.
 """
 
 import dataclasses
@@ -114,11 +115,13 @@ def measure_beside(
     empty_calls = {key: _empty_call(program) for key, program in distinct.items()}
     masks = whole_networks.random_masks(spec, _NETWORKS, densities=_DENSITIES, seed=seed)
     # One program for all masks: where its weights happen to lie in memory is worth 3 %.
-    network, idle = whole_networks.skipping_network(spec, lowering, jax.random.key(seed))
+    network, all_idle = whole_networks.skipping_network(spec, lowering, jax.random.key(seed))
     depth_masks = whole_networks.depth_masks(spec, _DEPTHS, seed=seed)
     depth_settled = whole_networks.depth_settled(spec)
-    depth, _ = whole_networks.skipping_network(spec, lowering, jax.random.key(seed), depth_settled)
-    static, nothing = whole_networks.static_network(spec, lowering, jax.random.key(seed))
+    depth, depth_idle = whole_networks.skipping_network(
+        spec, lowering, jax.random.key(seed), depth_settled
+    )
+    static, static_idle = whole_networks.static_network(spec, lowering, jax.random.key(seed))
     whole: list[Callable[[], Any]] = [
         *(functools.partial(network, jnp.asarray(mask)) for mask in masks),
         *(functools.partial(depth, jnp.asarray(mask)) for mask in depth_masks),
@@ -132,14 +135,21 @@ def measure_beside(
     seconds: dict[Any, list[float]] = {key: [] for key in distinct}
     overhead: dict[Any, list[float]] = {key: [] for key in distinct}
     whole_seconds = np.zeros((rounds, len(whole)))
-    static_seconds, nothing_seconds, idle_seconds = np.zeros((3, rounds))
+    # Calls that compute nothing, by the arguments of these three.
+    idle = {
+        "static": static_idle,
+        "depth": functools.partial(depth_idle, jnp.asarray(masks[0])),
+        "all": functools.partial(all_idle, jnp.asarray(masks[0])),
+    }
+    idle_seconds = {name: np.zeros(rounds) for name in idle}
+    static_seconds = np.zeros(rounds)
     for done in range(rounds):
         for key, program in distinct.items():
             seconds[key].append(program.seconds())
             overhead[key].append(empty_calls[key].seconds())
         static_seconds[done] = _seconds(static, untimed=_STATIC_IN_A_ROW)
-        nothing_seconds[done] = _seconds(nothing)
-        idle_seconds[done] = _seconds(functools.partial(idle, jnp.asarray(masks[0])))
+        for name, call in idle.items():
+            idle_seconds[name][done] = _seconds(call)
         for index, call in enumerate(whole):
             whole_seconds[done, index] = _seconds(call)
         on_round()
@@ -157,32 +167,42 @@ def measure_beside(
     alone_ms = np.array([[undisturbed_ms(key) for key in row] for row in keys])
     whole_ms = _undisturbed(whole_seconds) * 1e3
     random_ms, depths_ms, others_ms = np.split(whole_ms, np.cumsum((len(masks), _DEPTHS)))
-    call_ms = float(_undisturbed(nothing_seconds)) * 1e3
-    idle_ms = float(_undisturbed(idle_seconds)) * 1e3
+    idle_ms = {name: float(_undisturbed(times)) * 1e3 for name, times in idle_seconds.items()}
+    # More arguments cost more, whatever noise says.
+    idle_ms["depth"] = max(idle_ms["depth"], idle_ms["static"])
+    idle_ms["all"] = max(idle_ms["all"], idle_ms["depth"])
+    fixed_ms["controller"] += idle_ms["depth"] - idle_ms["static"]
+    held_ms = (idle_ms["all"] - idle_ms["depth"]) / (alone_ms.size - spec.num_cells)
     kernels_ms = (whole_networks.running_paths(spec, masks) * alone_ms).sum(axis=(1, 2))
     in_network_ms = {
-        "call": call_ms,
-        "held": (idle_ms - call_ms) / (alone_ms.size - spec.num_cells),
+        "call": max(idle_ms["static"] - held_ms * spec.num_cells, 0.0),
+        "held": held_ms,
         **whole_networks.fit_switching(
             spec,
             masks,
             measured_ms=random_ms,
-            kernels_ms=kernels_ms + sum(fixed_ms.values()) + idle_ms,
+            kernels_ms=kernels_ms
+            + sum(fixed_ms.values())
+            + idle_ms["static"]
+            + idle_ms["all"]
+            - idle_ms["depth"],
         ),
         **whole_networks.fit_static(
             spec,
             alone_ms,
             measured_ms=float(_undisturbed(static_seconds)) * 1e3,
-            fixed_ms=fixed_ms["stem"] + fixed_ms["head"] + call_ms,
+            fixed_ms=fixed_ms["stem"] + fixed_ms["head"] + idle_ms["static"],
         ),
     }
     megabytes = whole_networks.weight_megabytes(spec)
     switching_ms = in_network_ms["path"] + in_network_ms["megabyte"] * megabytes
-    settled_ms = np.maximum(alone_ms + in_network_ms["settled_path"], _FASTEST_MS)
+    settled_ms = np.maximum(alone_ms + in_network_ms["settled_path"], _FASTEST_MS) + held_ms
     in_network_ms |= whole_networks.fit_choosing(
         spec,
         measured_ms=depths_ms,
-        expected_ms=(depth_masks * settled_ms).sum(axis=(1, 2)) + sum(fixed_ms.values()) + call_ms,
+        expected_ms=(depth_masks * settled_ms).sum(axis=(1, 2))
+        + sum(fixed_ms.values())
+        + in_network_ms["call"],
     )
     table = LatencyTable(
         backend=jax.default_backend(),

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from instanas_jax import channels, convolution, ops, packing, policy, supernet
+from instanas_jax import channels, convolution, fusion, ops, packing, policy, supernet
 from instanas_jax.layers import Folded
 from instanas_jax.search_space import CANDIDATE_OPS, CellSpec, Join, SupernetSpec
 
@@ -100,7 +100,7 @@ def apply_deciding(
     """
     settled = _or_nothing(spec, settled)
     plans = _plans(spec, settled)
-    decided = np.append(np.flatnonzero(settled.undecided_cells), spec.num_cells)[0]
+    first_undecided = np.append(np.flatnonzero(settled.undecided_cells), spec.num_cells)[0]
     nothing = jnp.zeros(spec.num_cells, jnp.int32)
     ends = packing.read({name: weights[name] for name in _ENDS})
 
@@ -112,15 +112,17 @@ def apply_deciding(
         return x
 
     x = supernet.apply_stem(spec, ends, images, lowering=lowering)
-    x = run_cells(range(decided), x, nothing, nothing)
-    if decided == spec.num_cells:
+    x = run_cells(range(first_undecided), x, nothing, nothing)
+    if first_undecided == spec.num_cells:
         class_logits = supernet.apply_head(ends, x, lowering=lowering)
-        return class_logits, decide(class_logits)
+        mask = decide(class_logits)
+        chex.assert_shape(mask, (1, *spec.mask_shape))
+        return class_logits, mask
     # One mask, whether it is read here or is a result.
     mask = lax.optimization_barrier(decide(x))
     chex.assert_shape(mask, (1, *spec.mask_shape))
     resolved, _ = policy.resolve_empty_cells(mask, spec.forced_cells)
-    x = run_cells(range(decided, spec.num_cells), x, *_decisions(plans, resolved[0]))
+    x = run_cells(range(first_undecided, spec.num_cells), x, *_decisions(plans, resolved[0]))
     return supernet.apply_head(ends, x, lowering=lowering), mask
 
 
@@ -195,7 +197,8 @@ def _decisions(plans: list[_Plan], architecture: jax.Array) -> tuple[jax.Array, 
     one = jnp.sum(on * alone, axis=-1)
     branches = jnp.where(count == 1, one, jnp.where(count == 0, none, several))
     # Computed for all cells at once; else XLA would make kernels of it for every cell.
-    return lax.optimization_barrier((codes, branches))
+    codes, branches = lax.optimization_barrier(jnp.stack([codes, branches]))
+    return codes, branches
 
 
 def _path_programs(
@@ -237,9 +240,11 @@ def _apply_cell(
 def _apply_all(
     runs: dict[int, _Path], running: tuple[int, ...], x: jax.Array, join: Join
 ) -> jax.Array:
-    outputs = [runs[op](x) for op in running]
-    if not outputs:
+    if not running:
         return x
+    outputs = [runs[running[0]](x)]
+    for op in running[1:]:
+        outputs.append(runs[op](fusion.after(x, outputs[-1])))
     total = sum(outputs[1:], start=outputs[0])
     return total * (1.0 / len(outputs)) if join == "mean" else total
 

@@ -143,7 +143,7 @@ def fit_choosing(
     cell that chooses between one op and none; not below zero."""
     choosing = int((~spec.forced_cells).sum())
     beyond_ms = float(np.mean(measured_ms - expected_ms))
-    return {"choice": max(beyond_ms, 0.0) / max(choosing, 1)}
+    return {"choice": max(beyond_ms, 0.0) / choosing if choosing else 0.0}
 
 
 def running_paths(spec: SupernetSpec, masks: np.ndarray) -> np.ndarray:

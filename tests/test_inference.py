@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,32 +144,43 @@ def kernels_that_need_not_the_one_before(program: str) -> list[str]:
     return astray
 
 
-def compiled_predictor(kind: str, controller_kind: str) -> str:
-    """The program of one image, for `environment.in_inference_process`."""
+def compiled_predictors(controller_kind: str) -> dict[str, str]:
+    """Programs of one image as they are deployed, for `environment.in_inference_process`."""
     spec = preset("tiny", num_classes=10, controller=controller_kind, controller_pool=2)
-    network = inference.deploy(
-        spec,
-        supernet_variables=supernet.init(jax.random.key(0), spec),
-        controller_variables=controller.init(jax.random.key(1), spec),
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        lowering="shifted",
-        settled=whole_networks.depth_settled(spec)
-        if kind == "depth"
-        else policy.Settled.architecture(uniform_architecture(spec, 0)),
-    )
-    image = np.zeros((1, spec.image_size, spec.image_size, 3), np.uint8)
-    return jax.jit(network.predict).lower(network.weights, image).compile().as_text()
+    state: dict[str, Any] = {
+        "supernet_variables": supernet.init(jax.random.key(0), spec),
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.25, 0.25, 0.25),
+        "lowering": "shifted",
+    }
+    policy_of = controller.init(jax.random.key(1), spec)
+    chooses = whole_networks.depth_settled(spec)
+    several_run = policy.Settled(chooses.on.copy(), chooses.off.copy())
+    several_run.on[0, [1, 4]], several_run.off[0, [1, 4]] = True, False
+    programs = {
+        name: inference.compile_predictor(
+            inference.deploy(spec, **state, controller_variables=policy_of, settled=settled)
+        )
+        for name, settled in (
+            ("chooses", chooses),
+            ("several run", several_run),
+            ("static", policy.Settled.architecture(uniform_architecture(spec, 0))),
+        )
+    }
+    matrix = jnp.ones((64, 64))
+    programs["no chain"] = jax.jit(lambda x: (x @ x, jnp.sin(x) @ x)).lower(matrix).compile()
+    return {name: program.as_text() for name, program in programs.items()}
 
 
 @pytest.mark.parametrize("controller_kind", ["patches", "residual_small"])
-@pytest.mark.parametrize("kind", ["depth", "architecture"])
-def test_a_predictor_is_one_chain_of_kernels(monkeypatch, kind, controller_kind):
+def test_a_predictor_is_one_chain_of_kernels(monkeypatch, controller_kind):
     """So XLA runs it on the thread that calls; see `fusion.after`."""
     monkeypatch.setenv("XLA_FLAGS", "")  # Those of the tests make other kernels.
-    program = environment.in_inference_process(compiled_predictor, kind, controller_kind, threads=1)
-    assert program.count(" dot(") > SPEC.num_cells
-    assert kernels_that_need_not_the_one_before(program) == []
+    programs = environment.in_inference_process(compiled_predictors, controller_kind, threads=1)
+    assert kernels_that_need_not_the_one_before(programs.pop("no chain"))
+    for name, program in programs.items():
+        assert program.count(" dot(") > SPEC.num_cells
+        assert kernels_that_need_not_the_one_before(program) == [], name
 
 
 def test_the_program_decides_cell_by_cell():
@@ -351,17 +363,18 @@ def test_what_a_static_network_costs_beyond_its_kernels():
 
 
 def test_what_choosing_a_cell_costs():
-    masks = whole_networks.depth_masks(SPEC, 12, seed=0)
-    settled = whole_networks.depth_settled(SPEC)
-    optional = ~SPEC.forced_cells
-    assert (masks[:, SPEC.forced_cells, 0] == 1.0).all() and not masks[:, :, 1:].any()
-    assert 0.2 < masks[:, optional, 0].mean() < 0.8
+    spec = preset("px32", num_classes=10)
+    masks = whole_networks.depth_masks(spec, 12, seed=0)
+    settled = whole_networks.depth_settled(spec)
+    optional = ~spec.forced_cells
+    assert (masks[:, spec.forced_cells, 0] == 1.0).all() and not masks[:, :, 1:].any()
+    assert 0.3 < masks[:, optional, 0].mean() < 0.7
     np.testing.assert_array_equal(settled.undecided_cells, optional)
-    assert settled.on[SPEC.forced_cells, 0].all() and settled.off[:, 1:].all()
+    assert settled.on[spec.forced_cells, 0].all() and settled.off[:, 1:].all()
     expected_ms = np.linspace(1.0, 2.0, len(masks))
     for beyond, choice in ((0.4, 0.4 / optional.sum()), (-0.4, 0.0)):
         found = whole_networks.fit_choosing(
-            SPEC, measured_ms=expected_ms + beyond, expected_ms=expected_ms
+            spec, measured_ms=expected_ms + beyond, expected_ms=expected_ms
         )
         assert found == {"choice": pytest.approx(choice)}
 

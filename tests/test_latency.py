@@ -87,34 +87,37 @@ def test_deciding_costs_where_something_is_left_to_decide():
         return float(latency.image_ms(table, mask, SPEC.forced_cells, settled))
 
     undecided = policy.Settled.nothing(SPEC.mask_shape)
-    held = (20 - 4) * 0.001
+    held = 20 * 0.001
     assert predicted(undecided) == pytest.approx(rows + (1 + 2) * 0.1 + 4 * 0.01 + held + 0.875)
     cell_0_settled = policy.Settled.nothing(SPEC.mask_shape)
     cell_0_settled.on[0, :2] = cell_0_settled.off[0, 2:] = True
-    held = (17 - 4) * 0.001  # 3 of the first cell's are off for good.
+    held = 15 * 0.001  # The first cell's are in its rows.
     assert predicted(cell_0_settled) == pytest.approx(
         rows - 1.5 + 2 * 0.1 + 3 * 0.01 + held + 0.875
     )
-    # One path of cell 0 is left to decide, for which it switches between static networks.
-    cell_0_settled.off[0, 4] = False
-    held, choice = (18 - 4) * 0.001, 9.0
-    assert predicted(cell_0_settled) == pytest.approx(
-        rows - 1.5 + 2 * 0.1 + 3 * 0.01 + choice + held + 0.875
+    # One path beside others that run is as dear as many: there are no two static networks.
+    beside = policy.Settled(cell_0_settled.on.copy(), cell_0_settled.off.copy())
+    beside.off[0, 4] = False
+    assert predicted(beside) == pytest.approx(rows + (1 + 2) * 0.1 + 4 * 0.01 + 18 * 0.001 + 0.875)
+    # One path or nothing: cell 1 chooses, and runs the forced op.
+    chooses = policy.Settled(cell_0_settled.on.copy(), cell_0_settled.off.copy())
+    chooses.off[1, 1:] = True
+    assert predicted(chooses) == pytest.approx(
+        rows - 1.5 - 5.0 + 2 * 0.1 + 2 * 0.01 + 9.0 + 10 * 0.001 + 0.875
     )
     # One architecture is left: neither switches nor the controller run.
-    held = (5 - 4) * 0.001
-    assert predicted(policy.Settled.architecture(mask)) == pytest.approx(rows / 2 + held + 0.75)
+    assert predicted(policy.Settled.architecture(mask)) == pytest.approx(rows / 2 + 0.75)
     static_ms = latency.static_ms(table, mask, SPEC.forced_cells)
-    assert static_ms == pytest.approx(rows / 2 + held + 0.75)
+    assert static_ms == pytest.approx(rows / 2 + 0.75)
 
 
 def test_a_saved_table_loads_equal(tmp_path):
-    table = make_table()
+    table = make_table(in_network_ms=dict.fromkeys(latency.IN_NETWORK, 0.0) | {"path": -0.1})
     latency.save(table, tmp_path / "t.json")
     loaded = latency.load(tmp_path / "t.json", SPEC, device=table.device)
     np.testing.assert_array_equal(loaded.cells_ms, table.cells_ms)
     np.testing.assert_array_equal(loaded.settled_ms, table.settled_ms)
-    assert loaded.fixed_ms == table.fixed_ms
+    assert loaded.fixed_ms == table.fixed_ms and loaded.in_network_ms == table.in_network_ms
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -142,6 +145,8 @@ def test_another_supernets_table_is_an_error_naming_both(tmp_path):
         ("settled_ms", [[1.0]]),
         ("fixed_ms", {"stem": 1.0}),
         ("in_network_ms", {"switch": 0.0}),
+        ("in_network_ms", dict.fromkeys(latency.IN_NETWORK, 0.0) | {"call": -1.0}),
+        ("in_network_ms", dict.fromkeys(latency.IN_NETWORK, 0.0) | {"path": float("nan")}),
         ("fixed_ms", {"stem": -1.0, "head": 1.0, "controller": 1.0}),
         ("spec", 3),
         ("unknown", 1),

@@ -158,6 +158,10 @@ class SampleTest(chex.TestCase):
         mask = np.asarray(policy.path_dropout(keys, paths, forced, 0.3))
         assert not mask[:, ~paths].any()
         of_cells = mask.sum(axis=-1)
+        assert (of_cells[:, 0] > 0).all()
+        nothing_kept = np.asarray(policy.path_dropout(keys, paths, forced, 0.0))
+        np.testing.assert_array_equal(nothing_kept[:, 0], np.broadcast_to(paths[0], (200, 5)))
+        assert not nothing_kept[:, 1:].any()
         # An empty draw of two paths, 0.49 of them, has both; where the fallback is, it stays.
         np.testing.assert_allclose((of_cells == 0).mean(axis=0), [0.0, 0.49, 0.49], atol=0.18)
         np.testing.assert_allclose((of_cells == 2).mean(axis=0), [0.58, 0.09, 0.09], atol=0.18)
