@@ -38,7 +38,6 @@ from instanas_jax import (
 from instanas_jax.latency import LatencyTable
 from instanas_jax.search_space import CANDIDATE_OPS, CellSpec, SupernetSpec
 
-_FASTEST_MS = 1e-4  # A row is a time: noise must not make it zero or negative.
 # Architectures that are timed whole, with from a twentieth to all but a twentieth of their paths.
 _NETWORKS = 40
 _DENSITIES = (0.05, 0.95)
@@ -156,7 +155,7 @@ def measure_beside(
 
     def undisturbed_ms(key: Any) -> float:
         net = _undisturbed(seconds[key]) - _undisturbed(overhead[key])
-        return max(float(net) * 1e3, _FASTEST_MS)
+        return max(float(net) * 1e3, whole_networks.FASTEST_MS)
 
     def spread_ms(key: Any) -> float:
         low, high = np.percentile(seconds[key], (25, 75))
@@ -167,42 +166,18 @@ def measure_beside(
     alone_ms = np.array([[undisturbed_ms(key) for key in row] for row in keys])
     whole_ms = _undisturbed(whole_seconds) * 1e3
     random_ms, depths_ms, others_ms = np.split(whole_ms, np.cumsum((len(masks), _DEPTHS)))
-    idle_ms = {name: float(_undisturbed(times)) * 1e3 for name, times in idle_seconds.items()}
-    # More arguments cost more, whatever noise says.
-    idle_ms["depth"] = max(idle_ms["depth"], idle_ms["static"])
-    idle_ms["all"] = max(idle_ms["all"], idle_ms["depth"])
-    fixed_ms["controller"] += idle_ms["depth"] - idle_ms["static"]
-    held_ms = (idle_ms["all"] - idle_ms["depth"]) / (alone_ms.size - spec.num_cells)
-    kernels_ms = (whole_networks.running_paths(spec, masks) * alone_ms).sum(axis=(1, 2))
-    in_network_ms = {
-        "call": max(idle_ms["static"] - held_ms * spec.num_cells, 0.0),
-        "held": held_ms,
-        **whole_networks.fit_switching(
-            spec,
-            masks,
-            measured_ms=random_ms,
-            kernels_ms=kernels_ms
-            + sum(fixed_ms.values())
-            + idle_ms["static"]
-            + idle_ms["all"]
-            - idle_ms["depth"],
-        ),
-        **whole_networks.fit_static(
-            spec,
-            alone_ms,
-            measured_ms=float(_undisturbed(static_seconds)) * 1e3,
-            fixed_ms=fixed_ms["stem"] + fixed_ms["head"] + idle_ms["static"],
-        ),
-    }
-    megabytes = whole_networks.weight_megabytes(spec)
-    switching_ms = in_network_ms["path"] + in_network_ms["megabyte"] * megabytes
-    settled_ms = np.maximum(alone_ms + in_network_ms["settled_path"], _FASTEST_MS) + held_ms
-    in_network_ms |= whole_networks.fit_choosing(
+    fitted = whole_networks.fit(
         spec,
-        measured_ms=depths_ms,
-        expected_ms=(depth_masks * settled_ms).sum(axis=(1, 2))
-        + sum(fixed_ms.values())
-        + in_network_ms["call"],
+        whole_networks.Measured(
+            alone_ms=alone_ms,
+            fixed_ms=fixed_ms,
+            masks=masks,
+            random_ms=random_ms,
+            depth_masks=depth_masks,
+            depths_ms=depths_ms,
+            static_ms=float(_undisturbed(static_seconds)) * 1e3,
+            idle_ms={name: float(_undisturbed(of)) * 1e3 for name, of in idle_seconds.items()},
+        ),
     )
     table = LatencyTable(
         backend=jax.default_backend(),
@@ -211,12 +186,9 @@ def measure_beside(
         spec=spec.to_json(),
         batch_size=1,
         dtype="float32",
-        fixed_ms=fixed_ms,
-        cells_ms=np.maximum(alone_ms + switching_ms, _FASTEST_MS),
-        settled_ms=settled_ms,
         spread_ms=np.array([[spread_ms(key) for key in row] for row in keys]),
         repeats=rounds,
-        in_network_ms=in_network_ms,
+        **fitted,
     )
     return table, others_ms
 

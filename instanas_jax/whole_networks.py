@@ -1,5 +1,6 @@
 """Whole networks, timed beside a latency table's kernels, and what they take beyond those."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from scipy import optimize
 from instanas_jax import controller, convolution, cost, inference, policy, supernet
 from instanas_jax.search_space import MOBILENETV2_OP, SupernetSpec, uniform_architecture
 
+FASTEST_MS = 1e-4  # A row is a time: noise must not make it zero or negative.
 _MEAN, _STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)  # No time depends on them.
 
 
@@ -101,49 +103,83 @@ def _image(spec: SupernetSpec) -> np.ndarray:
     return np.zeros((1, spec.image_size, spec.image_size, 3), np.uint8)
 
 
-def fit_switching(
-    spec: SupernetSpec, masks: np.ndarray, *, measured_ms: np.ndarray, kernels_ms: np.ndarray
+@dataclasses.dataclass(frozen=True, eq=False)
+class Measured:
+    """Milliseconds of one supernet's kernels and of whole networks.
+
+    Attributes:
+      alone_ms: [L, O], kernels of each path.
+      fixed_ms: kernels of stem, head and controller.
+      masks, random_ms: [N, L, O] and [N], of the network of which nothing is settled.
+      depth_masks, depths_ms: the same of the network that chooses cells.
+      static_ms: of MobileNetV2 compiled for itself.
+      idle_ms: calls that compute nothing, with the arguments of these three, by the names `all`,
+        `depth` and `static`.
+    """
+
+    alone_ms: np.ndarray
+    fixed_ms: dict[str, float]
+    masks: np.ndarray
+    random_ms: np.ndarray
+    depth_masks: np.ndarray
+    depths_ms: np.ndarray
+    static_ms: float
+    idle_ms: dict[str, float]
+
+
+def fit(spec: SupernetSpec, measured: Measured) -> dict[str, Any]:
+    """What a latency table says of a supernet: its `fixed_ms`, `cells_ms`, `settled_ms` and
+    `in_network_ms`."""
+    static_idle_ms = measured.idle_ms["static"]
+    # More arguments cost more, whatever noise says.
+    depth_idle_ms = max(measured.idle_ms["depth"], static_idle_ms)
+    path_weights_ms = max(measured.idle_ms["all"] - depth_idle_ms, 0.0)
+    held_ms = path_weights_ms / (measured.alone_ms.size - spec.num_cells)
+    call_ms = max(static_idle_ms - held_ms * spec.num_cells, 0.0)
+    controller_ms = measured.fixed_ms["controller"] + depth_idle_ms - static_idle_ms
+    fixed_ms = measured.fixed_ms | {"controller": controller_ms}
+
+    kernels_ms = (running_paths(spec, measured.masks) * measured.alone_ms).sum(axis=(1, 2))
+    every_image_ms = sum(fixed_ms.values()) + static_idle_ms + path_weights_ms
+    figures = {"call": call_ms, "held": held_ms}
+    figures |= _fit_switching(spec, measured, kernels_ms + every_image_ms)
+    switching_ms = figures["path"] + figures["megabyte"] * weight_megabytes(spec)
+
+    mobilenetv2_ms = float((_mobilenetv2(spec) * measured.alone_ms).sum())
+    ends_ms = fixed_ms["stem"] + fixed_ms["head"] + static_idle_ms
+    figures["settled_path"] = (measured.static_ms - ends_ms - mobilenetv2_ms) / spec.num_cells
+    settled_ms = np.maximum(measured.alone_ms + figures["settled_path"], FASTEST_MS) + held_ms
+
+    static_ms = (measured.depth_masks * settled_ms).sum(axis=(1, 2))
+    beyond_ms = float(np.mean(measured.depths_ms - static_ms)) - sum(fixed_ms.values()) - call_ms
+    choosing = int((~spec.forced_cells).sum())
+    figures["choice"] = max(beyond_ms, 0.0) / choosing if choosing else 0.0
+    return {
+        "fixed_ms": fixed_ms,
+        "cells_ms": np.maximum(measured.alone_ms + switching_ms, FASTEST_MS),
+        "settled_ms": settled_ms,
+        "in_network_ms": figures,
+    }
+
+
+def _fit_switching(
+    spec: SupernetSpec, measured: Measured, expected_ms: np.ndarray
 ) -> dict[str, float]:
-    """What networks [N] that switch take beyond the sum of their kernels, by least squares of the
-    relative error. No figure but that of a path is below zero: a kernel timed alone is a program of
-    its own, and one of many takes less."""
-    running = running_paths(spec, masks)
+    """What the network of which nothing is settled takes beyond the times [N] that its kernels and
+    its call take, by least squares of the relative error."""
+    running = running_paths(spec, measured.masks)
     paths = running.sum(axis=-1)
     features = {
-        "switch": np.full(len(masks), spec.num_cells),
+        "switch": np.full(len(running), spec.num_cells),
         "path": paths.sum(axis=-1),
         "megabyte": (running * weight_megabytes(spec)).sum(axis=(1, 2)),
         "several": np.maximum(paths - 1.0, 0.0).sum(axis=-1),
     }
-    columns = np.stack(list(features.values()), axis=1)
-    beyond = (measured_ms - kernels_ms) / measured_ms
+    columns = np.stack(list(features.values()), axis=1) / measured.random_ms[:, None]
+    beyond = (measured.random_ms - expected_ms) / measured.random_ms
     lowest = [-np.inf if name == "path" else 0.0 for name in features]
-    fit = optimize.lsq_linear(columns / measured_ms[:, None], beyond, (lowest, np.inf))
-    return dict(zip(features, fit.x.tolist(), strict=True))
-
-
-def fit_static(
-    spec: SupernetSpec, alone_ms: np.ndarray, *, measured_ms: float, fixed_ms: float
-) -> dict[str, float]:
-    """What MobileNetV2 as a static network takes beyond the sum of its kernels, a path; less than
-    zero where kernels of one program take less than each alone.
-
-    Args:
-      alone_ms: kernels of each path, [L, O].
-      fixed_ms: of stem, head and a call.
-    """
-    kernels_ms = float((_mobilenetv2(spec) * alone_ms).sum())
-    return {"settled_path": (measured_ms - fixed_ms - kernels_ms) / spec.num_cells}
-
-
-def fit_choosing(
-    spec: SupernetSpec, *, measured_ms: np.ndarray, expected_ms: np.ndarray
-) -> dict[str, float]:
-    """What networks under `depth_masks` [N] take beyond what they would as static ones, for each
-    cell that chooses between one op and none; not below zero."""
-    choosing = int((~spec.forced_cells).sum())
-    beyond_ms = float(np.mean(measured_ms - expected_ms))
-    return {"choice": max(beyond_ms, 0.0) / choosing if choosing else 0.0}
+    found = optimize.lsq_linear(columns, beyond, (lowest, np.inf), method="bvls")
+    return dict(zip(features, found.x.tolist(), strict=True))
 
 
 def running_paths(spec: SupernetSpec, masks: np.ndarray) -> np.ndarray:

@@ -330,39 +330,7 @@ def test_a_measured_table_is_complete_and_positive():
     assert table.repeats == 2 and table.batch_size == 1
 
 
-@pytest.mark.parametrize("path", [0.03, -0.03])
-def test_what_networks_cost_beyond_their_kernels_is_found_again(path):
-    """Times made of known figures, without noise."""
-    masks = whole_networks.random_masks(SPEC, 30, densities=(0.05, 0.95), seed=3)
-    known = {"switch": 0.02, "path": path, "megabyte": 0.5, "several": 0.04}
-    running = whole_networks.running_paths(SPEC, masks)
-    paths = running.sum(axis=-1)
-    kernels_ms = np.random.default_rng(0).uniform(1.0, 2.0, len(masks))
-    megabytes = (running * cost.path_costs(SPEC)[1]).sum(axis=(1, 2)) * 4 / 1e6
-    measured_ms = (
-        kernels_ms
-        + SPEC.num_cells * known["switch"]
-        + paths.sum(axis=-1) * known["path"]
-        + megabytes * known["megabyte"]
-        + np.maximum(paths - 1, 0).sum(axis=-1) * known["several"]
-    )
-    found = whole_networks.fit_switching(
-        SPEC, masks, measured_ms=measured_ms, kernels_ms=kernels_ms
-    )
-    assert found == pytest.approx(known, rel=1e-3)
-
-
-def test_what_a_static_network_costs_beyond_its_kernels():
-    alone_ms = np.random.default_rng(0).uniform(0.1, 0.2, SPEC.mask_shape)
-    kernels_ms = alone_ms[:, 0].sum() + 0.3  # MobileNetV2 runs op 0, stem and head take 0.3.
-    for beyond in (0.2, -0.2):
-        found = whole_networks.fit_static(
-            SPEC, alone_ms, measured_ms=kernels_ms + beyond, fixed_ms=0.3
-        )
-        assert found == {"settled_path": pytest.approx(beyond / SPEC.num_cells)}
-
-
-def test_what_choosing_a_cell_costs():
+def test_depth_masks_choose_cells_of_mobilenetv2():
     spec = preset("px32", num_classes=10)
     masks = whole_networks.depth_masks(spec, 12, seed=0)
     settled = whole_networks.depth_settled(spec)
@@ -371,12 +339,85 @@ def test_what_choosing_a_cell_costs():
     assert 0.3 < masks[:, optional, 0].mean() < 0.7
     np.testing.assert_array_equal(settled.undecided_cells, optional)
     assert settled.on[spec.forced_cells, 0].all() and settled.off[:, 1:].all()
-    expected_ms = np.linspace(1.0, 2.0, len(masks))
-    for beyond, choice in ((0.4, 0.4 / optional.sum()), (-0.4, 0.0)):
-        found = whole_networks.fit_choosing(
-            spec, measured_ms=expected_ms + beyond, expected_ms=expected_ms
-        )
-        assert found == {"choice": pytest.approx(choice)}
+
+
+@pytest.mark.parametrize("path_ms", [0.03, -0.03])
+def test_a_fitted_table_gives_the_times_it_was_made_of(path_ms):
+    """Times made of known figures, without noise: those of networks that switch, that choose cells,
+    and of a static one."""
+    spec = preset("px32", num_classes=10)
+    rng = np.random.default_rng(0)
+    alone_ms = rng.uniform(0.1, 0.2, spec.mask_shape)
+    fixed_ms = {"stem": 0.3, "head": 0.2, "controller": 0.1}
+    idle_ms = {"static": 0.50, "depth": 0.55, "all": 0.55 + 68 * 0.01}
+    masks = whole_networks.random_masks(spec, 30, densities=(0.05, 0.95), seed=3)
+    running = whole_networks.running_paths(spec, masks)
+    paths = running.sum(axis=-1)
+    megabytes = cost.path_costs(spec)[1] * 4 / 1e6
+    random_ms = (
+        (running * (alone_ms + path_ms + 0.5 * megabytes)).sum(axis=(1, 2))
+        + np.maximum(paths - 1, 0).sum(axis=-1) * 0.04
+        + spec.num_cells * 0.02
+        + 0.6
+        + idle_ms["all"]
+    )
+    depth_masks = whole_networks.depth_masks(spec, 10, seed=0)
+    # In its cells, a path takes 0.02 less than alone; what is not run is held all the same.
+    depths_ms = (depth_masks * (alone_ms - 0.02)).sum(axis=(1, 2)) + 0.6 + idle_ms["depth"]
+    depths_ms += 10 * 0.005
+    static_ms = float(alone_ms[:, 0].sum()) - 17 * 0.02 + 0.5 + idle_ms["static"]
+    fields = whole_networks.fit(
+        spec,
+        whole_networks.Measured(
+            alone_ms, fixed_ms, masks, random_ms, depth_masks, depths_ms, static_ms, idle_ms
+        ),
+    )
+    figures = fields["in_network_ms"]
+    known = {"switch": 0.02, "path": path_ms, "megabyte": 0.5, "several": 0.04, "held": 0.01}
+    assert {name: figures[name] for name in known} == pytest.approx(known, rel=1e-3)
+    table = latency.LatencyTable(
+        backend="cpu",
+        device={},
+        versions={},
+        spec=spec.to_json(),
+        batch_size=1,
+        dtype="float32",
+        spread_ms=np.zeros(spec.mask_shape),
+        repeats=1,
+        **fields,
+    )
+    settled = policy.Settled.nothing(spec.mask_shape)
+    predicted_ms = latency.image_ms(table, masks, spec.forced_cells, settled)
+    np.testing.assert_allclose(predicted_ms, random_ms, rtol=1e-4)
+    settled = whole_networks.depth_settled(spec)
+    predicted_ms = latency.image_ms(table, depth_masks, spec.forced_cells, settled)
+    np.testing.assert_allclose(predicted_ms, depths_ms, rtol=0.02)  # By the mean of what is held.
+    assert predicted_ms.mean() == pytest.approx(depths_ms.mean(), rel=1e-4)
+    mobilenetv2 = uniform_architecture(spec, 0)
+    predicted_ms = latency.static_ms(table, mobilenetv2, spec.forced_cells)
+    assert predicted_ms == pytest.approx(static_ms, rel=1e-4)
+
+
+def test_where_no_cell_is_optional_choosing_costs_nothing():
+    groups = tuple(dataclasses.replace(group, cells=1) for group in SPEC.groups)
+    spec = dataclasses.replace(SPEC, groups=groups)
+    assert spec.forced_cells.all()
+    shape = (3, *spec.mask_shape)
+    ones = np.ones(3)
+    fields = whole_networks.fit(
+        spec,
+        whole_networks.Measured(
+            np.ones(spec.mask_shape),
+            dict.fromkeys(("stem", "head", "controller"), 1.0),
+            np.ones(shape, np.float32),
+            100.0 * ones,
+            np.ones(shape, np.float32),
+            100.0 * ones,
+            100.0,
+            dict.fromkeys(("static", "depth", "all"), 1.0),
+        ),
+    )
+    assert fields["in_network_ms"]["choice"] == 0.0
 
 
 def test_other_networks_are_timed_beside_the_table():
