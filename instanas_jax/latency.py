@@ -27,7 +27,7 @@ FIXED_PARTS = ("stem", "head", "controller")
 # switch, path, megabyte, several: where two or more paths of a cell are undecided, the cell, a path
 #   that runs, a megabyte of its weights, and a path beyond the cell's first.
 # choice: a cell that runs its one undecided path or nothing; its path runs as in a static network.
-# settled_path: a path of a static network.
+# settled_path: a path of a static network; and stem, head and controller, whose times hold it.
 # `path` and `settled_path` may be less than zero, as a kernel timed alone is a program of its own.
 IN_NETWORK = ("call", "held", "switch", "path", "megabyte", "several", "choice", "settled_path")
 _MAY_SAVE = ("path", "settled_path")

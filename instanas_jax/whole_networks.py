@@ -136,19 +136,25 @@ def fit(spec: SupernetSpec, measured: Measured) -> dict[str, Any]:
     path_weights_ms = max(measured.idle_ms["all"] - depth_idle_ms, 0.0)
     held_ms = path_weights_ms / (measured.alone_ms.size - spec.num_cells)
     call_ms = max(static_idle_ms - held_ms * spec.num_cells, 0.0)
-    controller_ms = measured.fixed_ms["controller"] + depth_idle_ms - static_idle_ms
-    fixed_ms = measured.fixed_ms | {"controller": controller_ms}
+
+    mobilenetv2_ms = float((_mobilenetv2(spec) * measured.alone_ms).sum())
+    ends = ("stem", "head")
+    beyond_ms = measured.static_ms - static_idle_ms - mobilenetv2_ms
+    beyond_ms -= sum(measured.fixed_ms[end] for end in ends)
+    figures = {"call": call_ms, "held": held_ms}
+    figures["settled_path"] = beyond_ms / (spec.num_cells + len(ends))
+    settled_ms = np.maximum(measured.alone_ms + figures["settled_path"], FASTEST_MS) + held_ms
+    # Stem, head and controller were programs of their own as well.
+    fixed_ms = {
+        name: max(ms + figures["settled_path"], FASTEST_MS)
+        for name, ms in measured.fixed_ms.items()
+    }
+    fixed_ms["controller"] += depth_idle_ms - static_idle_ms
 
     kernels_ms = (running_paths(spec, measured.masks) * measured.alone_ms).sum(axis=(1, 2))
     every_image_ms = sum(fixed_ms.values()) + static_idle_ms + path_weights_ms
-    figures = {"call": call_ms, "held": held_ms}
     figures |= _fit_switching(spec, measured, kernels_ms + every_image_ms)
     switching_ms = figures["path"] + figures["megabyte"] * weight_megabytes(spec)
-
-    mobilenetv2_ms = float((_mobilenetv2(spec) * measured.alone_ms).sum())
-    ends_ms = fixed_ms["stem"] + fixed_ms["head"] + static_idle_ms
-    figures["settled_path"] = (measured.static_ms - ends_ms - mobilenetv2_ms) / spec.num_cells
-    settled_ms = np.maximum(measured.alone_ms + figures["settled_path"], FASTEST_MS) + held_ms
 
     static_ms = (measured.depth_masks * settled_ms).sum(axis=(1, 2))
     beyond_ms = float(np.mean(measured.depths_ms - static_ms)) - sum(fixed_ms.values()) - call_ms

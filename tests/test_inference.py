@@ -373,7 +373,7 @@ def test_a_fitted_table_gives_the_times_it_was_made_of(path_ms):
         ),
     )
     figures = fields["in_network_ms"]
-    known = {"switch": 0.02, "path": path_ms, "megabyte": 0.5, "several": 0.04, "held": 0.01}
+    known = {"path": path_ms, "megabyte": 0.5, "several": 0.04, "held": 0.01}
     assert {name: figures[name] for name in known} == pytest.approx(known, rel=1e-3)
     table = latency.LatencyTable(
         backend="cpu",
