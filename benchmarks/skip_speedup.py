@@ -4,7 +4,7 @@ python -m benchmarks.skip_speedup --output=benchmarks/results/skip_speedup.json
 
 Every execution answers the same images under the same masks, in turn (A B A B), once on one thread
 and once on two. `skipping` holds the controller and decides anew for each image;
-`static_controller` is the subnet compiled for its mask, beside the controller; `static` the subnet
+`static_controller` is the subnet compiled for its mask, then the controller; `static` the subnet
 alone, and so are the peers. `masked` computes every path. One image is answered in several
 processes, which compile anew, each in another order: where weights and programs happen to lie in
 memory is worth a tenth. Batches are shared out among as many programs as there are threads. With
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from benchmarks import reporting
 from benchmarks.subjects import DENSITIES, Call, Subjects
 from experiments import flags as flags_lib
-from experiments import trained_run
+from experiments import timing, trained_run
 from experiments.config import ModelConfig
 from instanas_jax import environment
 from instanas_jax.errors import InputError
@@ -35,7 +35,6 @@ from instanas_jax.search_space import SupernetSpec
 Times = dict[str, list[float]]  # Milliseconds of calls by name.
 
 _TIMED_CALLS_IN_A_ROW = 5
-_PROCESSES = 3
 _THREADS = (1, 2)
 _TRAINED_ARCHITECTURES = 3  # The most frequent of a trained controller.
 
@@ -51,10 +50,9 @@ def _define_flags() -> None:
     flags.DEFINE_integer("rounds", 5, "Turns of each execution in each process.", lower_bound=1)
 
 
-def _time(calls: dict[str, Call], *, rounds: int) -> Times:
-    """Milliseconds of each call, in turn, a few calls a turn."""
-    for call in calls.values():
-        jax.block_until_ready(call())
+def _time(case: str, calls: dict[str, Call], *, rounds: int) -> Times:
+    """Milliseconds of each call, in turn, a few calls a turn, once all have answered alike."""
+    _check_answers(case, calls)
     times: Times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -98,10 +96,8 @@ def _one_image(
         "static": lambda: functools.partial(subjects.static(mask), image[0]),
         "masked": lambda: functools.partial(subjects.masked, image, mask[None]),
     }
-    names = list(makers)
-    names = [*names[first % len(names) :], *names[: first % len(names)]]
     calls = {}
-    for name in names:
+    for name in timing.rotated(makers, first):
         calls[name] = makers[name]()
         jax.block_until_ready(calls[name]())
     return {**calls, **subjects.peers(mask, image, threads=threads)}
@@ -131,8 +127,7 @@ def _time_one_image(
     times = {}
     for name, subjects, image, mask in tqdm(cases, desc=f"one image, {threads} threads"):
         calls = _one_image(subjects, image, mask, threads, process)
-        _check_answers(name, calls)
-        times[f"one_image_{name}"] = _time(calls, rounds=rounds)
+        times[f"one_image_{name}"] = _time(name, calls, rounds=rounds)
     return times
 
 
@@ -190,16 +185,13 @@ def _time_batches(
     rounds: int,
     threads: int,
 ) -> dict[str, Times]:
-    """As `_time_one_image`."""
+    """Times of every batch, in an inference process of so many threads."""
     size, peer_size = sizes
     cases = _batches(Subjects.random(spec, size), peer_size, threads)
     if trained[0]:
         cases |= _trained_batch(Subjects.trained(*trained, size), threads)
-    times = {}
-    for name, calls in tqdm(cases.items(), desc=f"batches, {threads} threads"):
-        _check_answers(name, calls)
-        times[name] = _time(calls, rounds=rounds)
-    return times
+    progress = tqdm(cases.items(), desc=f"batches, {threads} threads")
+    return {name: _time(name, calls, rounds=rounds) for name, calls in progress}
 
 
 def _measure(
@@ -207,7 +199,7 @@ def _measure(
 ) -> list[dict[str, Any]]:
     """All rows of one number of threads."""
     times: dict[str, Times] = {}
-    for process in range(_PROCESSES):
+    for process in range(timing.PROCESSES):
         of_process = environment.in_inference_process(
             _time_one_image, spec, trained, sizes[0], rounds, threads, process, threads=threads
         )

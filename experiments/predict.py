@@ -180,8 +180,7 @@ def _predict(names: list[str]) -> int:
     environment.release_memory()
     if not values.json:
         print(f"variant {variant} of {run.dataset.name}", flush=True)
-    failed = answer_all(names, predictor, run, variant=variant, as_json=values.json)
-    return int(failed > 0)
+    return int(answer_all(names, predictor, run, variant=variant, as_json=values.json) > 0)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from instanas_jax.train_state import TrainState
 # Where a process lays a network's memory stays for its life, and follows from what it made before:
 # by that alone a variant of CIFAR quick took 0.66 to 0.93 of MobileNetV2's time. So each process
 # begins with another network.
-_PROCESSES = 3
+PROCESSES = 3
 
 
 def measure_table(spec: SupernetSpec, *, rounds: int, threads: int) -> LatencyTable:
@@ -91,16 +91,23 @@ def time_networks(
     """
     runs = [
         environment.in_inference_process(_time_networks, networks, images, first, threads=threads)
-        for first in range(_PROCESSES)
+        for first in range(PROCESSES)
     ]
     return {name: np.median([run[name] for run in runs], axis=0) for name in networks}
+
+
+def rotated(names: Iterable[str], first: int) -> list[str]:
+    """The names in turn from place `first` on, so that in each of some processes another one is
+    laid out first in memory."""
+    names = list(names)
+    place = first % len(names)
+    return [*names[place:], *names[:place]]
 
 
 def _time_networks(
     networks: dict[str, Timed], images: Iterable[np.ndarray], first: int
 ) -> dict[str, np.ndarray]:
-    names = list(networks)
-    names = [*names[first % len(names) :], *names[: first % len(names)]]
+    names = rotated(networks, first)
     # One after another: threads would lay them out by chance.
     predictors = [_make_predictor(networks[name]) for name in names]
     environment.release_memory()  # As who deploys one; what compiling left slows every call down.

@@ -50,7 +50,7 @@ def dense(x: jax.Array, kernel: jax.Array, *, stride: int, lowering: Lowering) -
     pays = is_small or x.shape[-1] <= _WINDOWS_UP_TO_CHANNELS
     if lowering == "native" or not pays:
         return _native(x, kernel, stride, groups=1)
-    taps = _taps(_pad(x, kernel.shape[0] // 2), kernel.shape[0], stride, out_size)
+    taps = _taps(fusion.padded(x, kernel.shape[0] // 2), kernel.shape[0], stride, out_size)
     windows = jnp.concatenate(list(taps), axis=-1)  # [B, H', W', k * k * C_in]
     return _pointwise_product(windows, kernel.reshape(-1, kernel.shape[-1]))
 
@@ -175,10 +175,6 @@ def _out_size(x: jax.Array, stride: int) -> tuple[int, int]:
     return (x.shape[1] - 1) // stride + 1, (x.shape[2] - 1) // stride + 1
 
 
-def _pad(x: jax.Array, pad: int) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _depthwise_shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     padded = fusion.padded_once(x, kernel.shape[0] // 2)
@@ -203,7 +199,7 @@ def _depthwise_backward(stride, residuals, gradient):
     # The transposed convolution, gathered: a flipped depthwise.
     x_gradient = _weighted_taps(spread, kernel[::-1, ::-1], 1, x.shape[1:3])
     kernel_gradient = _depthwise_kernel_gradient(
-        _pad(x, size // 2), spread, edge, stride, gradient.shape[1:3], size
+        fusion.padded(x, size // 2), spread, edge, stride, gradient.shape[1:3], size
     )
     return x_gradient, kernel_gradient.astype(kernel.dtype)
 

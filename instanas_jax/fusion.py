@@ -14,8 +14,8 @@ def after(x: jax.Array, known: jax.Array) -> jax.Array:
     wake on other processors. So a controller that looks at an image beside the network costs a
     narrow network a tenth of its time, and a third where processors are idle.
 
-    Chains are networks of which at most one path of a cell is undecided, under a controller over
-    patches or the small residual one.
+    Chains are networks of which at most one path of a cell is undecided, by `policy.greedy` and a
+    controller over patches or the small residual one.
 
     Args:
       known: of floating point. NaN in its first value turns x to zeros, which XLA can't rule out.
@@ -30,8 +30,13 @@ def _zero_first(x: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice(x, jnp.zeros((1,) * x.ndim, x.dtype), (0,) * x.ndim)
 
 
+def padded(x: jax.Array, pad: int) -> jax.Array:
+    """Maps [B, H, W, C] with `pad` zeros around."""
+    return jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+
 def padded_once(x: jax.Array, pad: int) -> jax.Array:
-    """Maps [B, H, W, C] with `pad` zeros around, made once as by `made_once`.
+    """As `padded`, made once as by `made_once`.
 
     The call writes the first of these zeros again, in its place: a call that did nothing would be
     one more kernel that needs no other; see `after`. For functions that have a gradient of their
@@ -39,9 +44,9 @@ def padded_once(x: jax.Array, pad: int) -> jax.Array:
     """
     if not pad:
         return x
-    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    around = padded(x, pad)  # Not within the call, or it would be one of its own.
     with xla_metadata.set_xla_metadata(inlineable="false"):
-        return _zero_first(padded)
+        return _zero_first(around)
 
 
 @jax.jit

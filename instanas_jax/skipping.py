@@ -111,16 +111,17 @@ def apply_deciding(
             x = _apply_cell(cell, plan, runs, x, codes[index], branches[index], spec.join)
         return x
 
+    def checked(mask: jax.Array) -> jax.Array:
+        chex.assert_shape(mask, (1, *spec.mask_shape))
+        return mask
+
     x = supernet.apply_stem(spec, ends, images, lowering=lowering)
     x = run_cells(range(first_undecided), x, nothing, nothing)
     if first_undecided == spec.num_cells:
         class_logits = supernet.apply_head(ends, x, lowering=lowering)
-        mask = decide(class_logits)
-        chex.assert_shape(mask, (1, *spec.mask_shape))
-        return class_logits, mask
+        return class_logits, checked(decide(class_logits))
     # One mask, whether it is read here or is a result.
-    mask = lax.optimization_barrier(decide(x))
-    chex.assert_shape(mask, (1, *spec.mask_shape))
+    mask = lax.optimization_barrier(checked(decide(x)))
     resolved, _ = policy.resolve_empty_cells(mask, spec.forced_cells)
     x = run_cells(range(first_undecided, spec.num_cells), x, *_decisions(plans, resolved[0]))
     return supernet.apply_head(ends, x, lowering=lowering), mask

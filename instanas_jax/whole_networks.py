@@ -55,7 +55,7 @@ def skipping_network(
     Args:
       settled: decisions that every mask agrees with; none by default.
     """
-    network = _deploy(spec, lowering, key, settled or policy.Settled.nothing(spec.mask_shape))
+    network = _deploy(spec, lowering, key, settled)
 
     def run(weights, image, mask):
         return network.under(mask).predict(weights, image)
@@ -85,7 +85,10 @@ def static_network(
 
 
 def _deploy(
-    spec: SupernetSpec, lowering: convolution.Lowering, key: jax.Array, settled: policy.Settled
+    spec: SupernetSpec,
+    lowering: convolution.Lowering,
+    key: jax.Array,
+    settled: policy.Settled | None,
 ) -> inference.Network:
     return inference.deploy(
         spec,
@@ -157,9 +160,9 @@ def fit(spec: SupernetSpec, measured: Measured) -> dict[str, Any]:
     switching_ms = figures["path"] + figures["megabyte"] * weight_megabytes(spec)
 
     static_ms = (measured.depth_masks * settled_ms).sum(axis=(1, 2))
-    beyond_ms = float(np.mean(measured.depths_ms - static_ms)) - sum(fixed_ms.values()) - call_ms
-    choosing = int((~spec.forced_cells).sum())
-    figures["choice"] = max(beyond_ms, 0.0) / choosing if choosing else 0.0
+    choosing_ms = float(np.mean(measured.depths_ms - static_ms)) - sum(fixed_ms.values()) - call_ms
+    optional = int((~spec.forced_cells).sum())
+    figures["choice"] = max(choosing_ms, 0.0) / optional if optional else 0.0
     return {
         "fixed_ms": fixed_ms,
         "cells_ms": np.maximum(measured.alone_ms + switching_ms, FASTEST_MS),

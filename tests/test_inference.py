@@ -124,20 +124,38 @@ def test_an_unchosen_path_does_not_run():
     assert np.isnan(run_skipping(poisoned, mask[None])).all()
 
 
+NO_KERNELS = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")
+
+
+def instructions(program: str, computation: str) -> list[tuple[str, str, list[str], str]]:
+    """Names, kinds, operands and lines of one computation of an XLA program, in its schedule."""
+    body = program[re.search(rf"^{computation}", program, re.MULTILINE).start() :]  # pyright: ignore
+    found = [
+        (re.match(r"\s+(?:ROOT )?%(\S+) = .*? ([a-z-]+)\((.*?)\)", line), line)
+        for line in body[: body.index("\n}")].splitlines()[1:]
+    ]
+    return [
+        (match[1], match[2], re.findall(r"%([^\s,]+)", match[3]), line)
+        for match, line in found
+        if match
+    ]
+
+
 def kernels_that_need_not_the_one_before(program: str) -> list[str]:
-    """Names, in an XLA program's schedule; but the first, which needs none."""
+    """Names, in an XLA program's schedule; but the first, which needs none. A call in which nothing
+    is computed reads and writes nothing, and so needs none either."""
     made_of: dict[str, set[str]] = {}  # The kernels behind each value.
     before, astray = None, []
-    for line in program[program.index("ENTRY") :].splitlines()[1:]:
-        found = re.match(r"\s+(?:ROOT )?%(\S+) = .*? ([a-z-]+)\((.*?)\)", line)
-        if found is None:
-            continue
-        name, kind, operands = found.groups()
-        needs = set().union(*(made_of[part] for part in re.findall(r"%([^\s,]+)", operands)))
-        if kind in ("parameter", "constant", "bitcast", "tuple", "get-tuple-element"):
+    for name, kind, operands, line in instructions(program, "ENTRY"):
+        needs = set().union(*(made_of[operand] for operand in operands))
+        if kind in NO_KERNELS:
             made_of[name] = needs
             continue
-        if before is not None and before not in needs:
+        called = re.search(r"to_apply=(%\S+?),? ", line) if kind == "call" else None
+        is_idle = called is not None and all(
+            inner in NO_KERNELS for _, inner, _, _ in instructions(program, re.escape(called[1]))
+        )
+        if before is not None and (is_idle or before not in needs):
             astray.append(name)
         made_of[name] = {name}
         before = name
@@ -373,7 +391,10 @@ def test_a_fitted_table_gives_the_times_it_was_made_of(path_ms):
         ),
     )
     figures = fields["in_network_ms"]
+    # Of 19 programs of the static network 17 took 0.02 less; the fit shares that out among all, and
+    # what stem, head and controller are then too fast by, cells that switch make up for.
     known = {"path": path_ms, "megabyte": 0.5, "several": 0.04, "held": 0.01}
+    known |= {"settled_path": -0.34 / 19, "switch": 0.02 + 3 * 0.34 / 19 / 17}
     assert {name: figures[name] for name in known} == pytest.approx(known, rel=1e-3)
     table = latency.LatencyTable(
         backend="cpu",
