@@ -90,7 +90,8 @@ class Planner:
         """A static network [L, O] from fresh weights, with as many images as a variant's weights
         see in all, by the rate and schedule of the pretraining."""
         like = self.config.pretrain
-        section = FinetuneConfig(
+        section = dataclasses.replace(
+            self.config.finetune,
             epochs=like.epochs + self._epochs_after_pretraining(),
             batch_size=like.batch_size,
             learning_rate=like.learning_rate,

@@ -162,6 +162,8 @@ def finetune_stage(
         total_steps=total_steps,
         settled=settled,
         threshold_spread=section.threshold_spread,
+        cut_mix=section.cut_mix,
+        label_smoothing=section.label_smoothing,
     )
 
 

@@ -131,3 +131,13 @@ class FinetuneConfig:
         minimum=0.0,
         maximum=10.0,
     )
+    cut_mix: float = setting(
+        0.0,
+        "Probability that a rectangle of an image is its neighbour's in the batch, as is that "
+        "share of its label. For long training.",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    label_smoothing: float = setting(
+        0.0, "Share of the label that is spread over all classes.", minimum=0.0, maximum=0.9
+    )

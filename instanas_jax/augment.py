@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,42 @@ def augment_and_normalise(
     return jnp.where(cut, 0.0, normalised)
 
 
+def cut_mix(
+    keys: jax.Array, images: jax.Array, labels: jax.Array, *, probability: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Lays a rectangle of its neighbour in the batch over an image.
+
+    Images 0 and 1 are neighbours, 2 and 3, and so on; batches are shuffled, so any two may meet.
+    The last of an odd number has itself. On several devices each has an even number of a batch, or
+    what an image meets depends on how many devices there are. Its sides are those of the image
+    times the square root of a number drawn evenly from [0, 1]; its centre is uniform over the
+    pixels, and it is clipped at the borders. Source: CutMix (arXiv 1905.04899), section 3.1 and
+    algorithm 1, with alpha 1; there all images of a batch share one rectangle.
+
+    Args:
+      keys: `[B]` typed keys.
+      images: `[B, H, W, 3]`, normalised.
+      labels: int32 `[B]`.
+      probability: that an image is mixed at all.
+
+    Returns:
+      Images, their neighbours' labels `[B]`, and what share `[B]` of an image's pixels is its own.
+    """
+    count, height, width = images.shape[:3]
+    neighbour = np.minimum(np.arange(count) ^ 1, count - 1)
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (4,)))(keys)
+    side = jnp.where(draws[:, 0] < probability, jnp.sqrt(draws[:, 1]), 0.0)
+    rows = _within(_uniform_integer(draws[:, 2], height), _rounded(side * height), height)
+    columns = _within(_uniform_integer(draws[:, 3], width), _rounded(side * width), width)
+    other = rows[:, :, None] & columns[:, None, :]
+    mixed = jnp.where(other[..., None], images[neighbour], images)
+    return mixed, labels[neighbour], 1.0 - other.mean(axis=(1, 2))
+
+
+def _rounded(number: jax.Array) -> jax.Array:
+    return jnp.round(number).astype(jnp.int32)
+
+
 def _uniform_integer(draw: jax.Array, bound: int) -> jax.Array:
     """Turns a uniform number in [0, 1) into an integer in [0, bound)."""
     return jnp.floor(draw * bound).astype(jnp.int32)
@@ -119,8 +156,10 @@ def _crop_and_flip(
     return jnp.where(inside, window, 0)
 
 
-def _within(centre: jax.Array, side: int, size: int) -> jax.Array:
-    """`[B, size]`: which positions the interval of `side` pixels about each centre covers."""
-    first = (centre - side // 2)[:, None]
+def _within(centre: jax.Array, side: jax.typing.ArrayLike, size: int) -> jax.Array:
+    """`[B, size]`: which positions the interval of `side` pixels, one or `[B]`, about each centre
+    covers."""
+    sides = jnp.broadcast_to(side, centre.shape)
+    first = centre - sides // 2
     position = jnp.arange(size)
-    return (position >= first) & (position < first + side)
+    return (position >= first[:, None]) & (position < (first + sides)[:, None])

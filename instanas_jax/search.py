@@ -34,6 +34,7 @@ from instanas_jax.stage import (
     draw_keys,
     is_correct,
     mean_over_devices,
+    one_hot,
     policy_logits_of,
     some_paths,
     supernet_inputs,
@@ -209,7 +210,12 @@ def search(
         # many masks (facts of the authors' program).
         masks = _shuffle_over_batch(setting, draws.batch, masks)
         return supernet_inputs(
-            images, labels, masks, sgd=supernet_sgd, learning_rate=supernet_rate(state.step)
+            images,
+            labels,
+            masks,
+            targets=one_hot(setting, labels),
+            sgd=supernet_sgd,
+            learning_rate=supernet_rate(state.step),
         )
 
     phases = (

@@ -77,6 +77,7 @@ class Draws:
 
     augment: jax.Array
     mask: jax.Array
+    mix: jax.Array
     batch: jax.Array
 
 
@@ -89,7 +90,12 @@ def draw_keys(setting: Setting, stage: str, step: jax.Array, batch_size: int) ->
     def per_image(use: int) -> jax.Array:
         return augment.image_keys(jax.random.fold_in(key, use), first, batch_size)
 
-    return Draws(per_image(0), per_image(1), jax.random.fold_in(key, 2))
+    return Draws(
+        augment=per_image(0),
+        mask=per_image(1),
+        mix=per_image(3),
+        batch=jax.random.fold_in(key, 2),
+    )
 
 
 def augmented(setting: Setting, draws: Draws, batch: Batch) -> jax.Array:
@@ -102,12 +108,13 @@ def augmented(setting: Setting, draws: Draws, batch: Batch) -> jax.Array:
     )
 
 
+def one_hot(setting: Setting, labels: jax.Array) -> jax.Array:
+    """Labels [B] as certain distributions [B, K]."""
+    return jax.nn.one_hot(labels, setting.spec.num_classes)
+
+
 def mean_over_devices(setting: Setting, tree: Any) -> Any:
     return lax.pmean(tree, setting.axis_name) if setting.axis_name else tree
-
-
-def _cross_entropy(class_logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(class_logits, labels).mean()
 
 
 def is_correct(class_logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -154,13 +161,20 @@ def supernet_inputs(
     labels: jax.Array,
     mask: jax.Array,
     *,
+    targets: jax.Array,
     sgd: optimizers.SgdSettings,
     learning_rate: jax.typing.ArrayLike,
 ) -> Inputs:
-    """What `supernet_update` reads; numbers rather than constants, so that stages share it."""
+    """What `supernet_update` reads; numbers rather than constants, so that stages share it.
+
+    Args:
+      targets: [B, K], the distribution over classes that each image should have; its label's own
+        by `one_hot`.
+    """
     return {
         "image": images,
         "label": labels,
+        "target": targets,
         "mask": mask,
         "learning_rate": jnp.asarray(learning_rate, jnp.float32),
         "momentum": jnp.asarray(sgd.momentum, jnp.float32),
@@ -200,7 +214,8 @@ def supernet_update(
                 paths=None if paths is None else np.array(paths),
                 remat=setting.remat,
             )
-            return _cross_entropy(class_logits, inputs["label"]), (moments, class_logits)
+            loss = optax.softmax_cross_entropy(class_logits, inputs["target"]).mean()
+            return loss, (moments, class_logits)
 
         optimizer = optimizers.sgd(
             inputs["learning_rate"], inputs["momentum"], inputs["weight_decay"]

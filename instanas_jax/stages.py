@@ -6,8 +6,9 @@ Source: InstaNAS (arXiv 1811.10201), section 3 and algorithm 1. The stage betwee
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from instanas_jax import optimizers, policy
+from instanas_jax import augment, optimizers, policy
 from instanas_jax.stage import (
     Batch,
     Inputs,
@@ -16,6 +17,7 @@ from instanas_jax.stage import (
     Stage,
     augmented,
     draw_keys,
+    one_hot,
     policy_logits_of,
     some_paths,
     supernet_inputs,
@@ -63,7 +65,14 @@ def pretrain(
         )
         mask = policy.path_dropout(draws.mask, paths, setting.spec.forced_cells, keep)
         images = augmented(setting, draws, batch)
-        return supernet_inputs(images, labels, mask, sgd=sgd, learning_rate=rate(state.step))
+        return supernet_inputs(
+            images,
+            labels,
+            mask,
+            targets=one_hot(setting, labels),
+            sgd=sgd,
+            learning_rate=rate(state.step),
+        )
 
     update = supernet_update(setting, some_paths(paths))
     return Stage("pretrain", (Phase("supernet", prepare, update),))
@@ -77,6 +86,8 @@ def finetune(
     total_steps: int,
     settled: policy.Settled,
     threshold_spread: float = 0.0,
+    cut_mix: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> Stage:
     """Trains the supernet under fixed decisions: those paths that some image may run.
 
@@ -87,6 +98,10 @@ def finetune(
       threshold_spread: every image is decided at a threshold drawn evenly from 0 plus or minus
         this, so that the network learns to answer under the budgets that the threshold can meet
         later (`budget`). Our addition.
+      cut_mix: probability that an image is partly its neighbour in the batch (`augment.cut_mix`),
+        and should be answered so. The policy decides about the image that results. Our addition.
+      label_smoothing: share of the target that is spread over all classes (arXiv 1512.00567,
+        section 7). Our addition.
     """
     spec = setting.spec
     rate = optimizers.learning_rate_schedule(
@@ -98,6 +113,11 @@ def finetune(
         # All variants see the same augmentation, so that they differ by their policy alone.
         draws = draw_keys(setting, "finetune", state.step, labels.shape[0])
         images = augmented(setting, draws, batch)
+        targets = one_hot(setting, labels)
+        if cut_mix:
+            images, others, own = augment.cut_mix(draws.mix, images, labels, probability=cut_mix)
+            targets = own[:, None] * targets + (1.0 - own[:, None]) * one_hot(setting, others)
+        targets = optax.smooth_labels(targets, label_smoothing)
         if settled.everything:
             shape = (labels.shape[0], *spec.mask_shape)
             mask = jnp.broadcast_to(settled.on.astype(np.float32), shape)
@@ -106,7 +126,9 @@ def finetune(
             if threshold_spread:
                 policy_logits -= policy.random_thresholds(draws.mask, threshold_spread)
             mask = policy.greedy(policy_logits)
-        return supernet_inputs(images, labels, mask, sgd=sgd, learning_rate=rate(state.step))
+        return supernet_inputs(
+            images, labels, mask, targets=targets, sgd=sgd, learning_rate=rate(state.step)
+        )
 
     paths = some_paths(settled.may_run(spec.forced_cells))
     return Stage(name, (Phase("supernet", prepare, supernet_update(setting, paths)),))

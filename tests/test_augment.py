@@ -130,3 +130,42 @@ def test_none_changes_nothing_but_the_scale():
     images = random_images(3)
     result = augment.augment_and_normalise(keys(3), images, augmentation=NONE, mean=MEAN, std=STD)
     np.testing.assert_array_equal(result, augment.normalise(images, mean=MEAN, std=STD))
+
+
+def test_cut_mix_lays_a_rectangle_of_the_neighbour_and_counts_what_is_left():
+    count, size = 401, 8
+    # An image of its own number tells whose each pixel is.
+    images = np.broadcast_to(
+        np.arange(count, dtype=np.float32)[:, None, None, None], (count, size, size, 3)
+    )
+    labels = np.arange(count, dtype=np.int32)
+    mixed, others, own = map(
+        np.asarray, augment.cut_mix(keys(count), images, labels, probability=0.75)
+    )
+    neighbours = np.where(labels == count - 1, labels, labels ^ 1)
+    np.testing.assert_array_equal(others, neighbours)
+    for image in range(count - 1):
+        foreign = mixed[image, ..., 0] == neighbours[image]
+        assert ((mixed[image] == image) | foreign[..., None]).all()
+        rows, columns = foreign.any(axis=1), foreign.any(axis=0)
+        assert (foreign == rows[:, None] & columns[None]).all()
+        # One stretch each: a rectangle.
+        assert np.diff(np.flatnonzero(rows)).max(initial=1) == 1
+        assert np.diff(np.flatnonzero(columns)).max(initial=1) == 1
+        assert own[image] == pytest.approx(1.0 - foreign.mean())
+    # Probability one half of an area under a half, before clipping; three quarters are mixed.
+    assert 0.2 < (own == 1.0).mean() < 0.35
+    assert 0.6 < own.mean() < 0.85 and own.min() < 0.2
+    np.testing.assert_array_equal(mixed[-1], images[-1])
+
+
+def test_cut_mix_by_halves_of_even_size_is_that_of_the_whole():
+    images, labels, key = random_images(12, 32, 32), np.arange(12), jax.random.key(7)
+    run = jax.jit(functools.partial(augment.cut_mix, probability=1.0))
+    whole = run(augment.image_keys(key, 0, 12), images, labels)
+    parts = [
+        run(augment.image_keys(key, first, 6), images[first : first + 6], labels[first : first + 6])
+        for first in (0, 6)
+    ]
+    for name, joined in zip(whole, map(np.concatenate, zip(*parts, strict=True)), strict=True):
+        np.testing.assert_array_equal(name, joined)

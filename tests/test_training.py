@@ -23,7 +23,14 @@ from instanas_jax import (
 )
 from instanas_jax import data as data_lib
 from instanas_jax.search_space import preset, uniform_architecture
-from instanas_jax.stage import Phase, Setting, Stage, draw_keys, policy_logits_of
+from instanas_jax.stage import (
+    Phase,
+    Setting,
+    Stage,
+    draw_keys,
+    policy_logits_of,
+    supernet_update,
+)
 from tests.networks import as_if_trained
 
 SPEC = preset("tiny", num_classes=10)
@@ -348,6 +355,44 @@ def test_finetuning_over_thresholds_draws_one_an_image():
     np.testing.assert_array_equal(masks[clear], (policy_logits >= thresholds)[clear])
     without, _ = masks_of()
     assert not np.array_equal(masks, without)
+
+
+def test_finetuning_answers_mixed_images_by_mixed_and_smoothed_labels():
+    batch = next(iter(data_lib.train_batches(IMAGES, batch_size=BATCH, seed=1, num_steps=1)))
+    state = train_state.ravel(fresh_state())
+
+    def inputs_of(**options):
+        stage = stages.finetune(
+            make_setting(None),
+            name="finetune",
+            sgd=optimizers.SgdSettings(0.05),
+            total_steps=4,
+            settled=policy.Settled.nothing(SPEC.mask_shape),
+            **options,
+        )
+        return jax.jit(stage.phases[0].prepare)(state, dict(batch))
+
+    plain, mixed = inputs_of(), inputs_of(cut_mix=1.0, label_smoothing=0.1)
+    own = np.asarray(jax.nn.one_hot(batch["label"], SPEC.num_classes))
+    np.testing.assert_array_equal(plain["target"], own)
+    draws = draw_keys(make_setting(None), "finetune", state.step, BATCH)
+    images, others, share = augment.cut_mix(
+        draws.mix, plain["image"], batch["label"], probability=1.0
+    )
+    np.testing.assert_allclose(mixed["image"], images, rtol=1e-6)
+    other = np.asarray(jax.nn.one_hot(others, SPEC.num_classes))
+    target = share[:, None] * own + (1.0 - share[:, None]) * other
+    np.testing.assert_allclose(mixed["target"], 0.9 * target + 0.1 / SPEC.num_classes, rtol=1e-5)
+    np.testing.assert_array_equal(mixed["label"], batch["label"])
+    assert not np.array_equal(plain["mask"], mixed["mask"])  # The policy sees what results.
+    # The loss is linear in the targets: half of each gives the mean of two losses.
+    update = jax.jit(supernet_update(make_setting(None)))
+    losses = [
+        float(update(state, {**plain, "target": target})[1]["loss"])
+        for target in (own, other, (own + other) / 2)
+    ]
+    assert abs(losses[0] - losses[1]) > 1e-2
+    assert losses[2] == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-4)
 
 
 def undecided_about(state, images):
