@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -106,8 +105,9 @@ def fake_data(monkeypatch, tmp_path):
 def test_every_shipped_flagfile_runs_to_its_results(flagfile, tmp_path, fake_data, capsys):
     name = PROGRAMS[flagfile.stem.split("_")[0]].DEFAULTS.dataset
     smaller = [*TINY, f"--workdir={tmp_path / 'run'}"]
-    if each := re.search("--search_start_op=(.*,.*)", flagfile.read_text()):
-        ops = dict.fromkeys(each[1].split(","))
+    parse(f"--flagfile={flagfile}")
+    if "," in flags.FLAGS.search_start_op:
+        ops = dict.fromkeys(flags.FLAGS.search_start_op.split(","))
         ops.pop("", None)
         names = (list(ops) * 4)[: ModelConfig(preset="tiny").spec(num_classes=10).num_cells]
         smaller.append(f"--search_start_op={','.join(names)}")
