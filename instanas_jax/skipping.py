@@ -19,7 +19,7 @@ from jax import lax
 
 from instanas_jax import channels, convolution, fusion, ops, packing, policy, supernet
 from instanas_jax.layers import Folded
-from instanas_jax.search_space import CANDIDATE_OPS, CellSpec, Join, SupernetSpec
+from instanas_jax.search_space import CANDIDATE_OPS, FORCED_OP, CellSpec, Join, SupernetSpec
 
 Weights = dict[str, Any]
 _Path = Callable[[jax.Array], jax.Array]  # One op of a cell, weights inside.
@@ -108,7 +108,7 @@ def apply_deciding(
         for index in cells:
             cell, plan = spec.cells[index], plans[index]
             runs = _path_programs(cell, weights["paths"][index], lowering)
-            x = _apply_cell(cell, plan, runs, x, codes[index], branches[index], spec.join)
+            x = _apply_cell(cell, plan, runs, x, lambda: codes[index], branches[index], spec.join)
         return x
 
     def checked(mask: jax.Array) -> jax.Array:
@@ -122,8 +122,8 @@ def apply_deciding(
         return class_logits, checked(decide(class_logits))
     # One mask, whether it is read here or is a result.
     mask = lax.optimization_barrier(checked(decide(x)))
-    resolved, _ = policy.resolve_empty_cells(mask, spec.forced_cells)
-    x = run_cells(range(first_undecided, spec.num_cells), x, *_decisions(plans, resolved[0]))
+    decisions = _decisions(plans, spec.forced_cells, mask[0])
+    x = run_cells(range(first_undecided, spec.num_cells), x, *decisions)
     return supernet.apply_head(ends, x, lowering=lowering), mask
 
 
@@ -177,29 +177,31 @@ def _plan(
     )
 
 
-def _decisions(plans: list[_Plan], architecture: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What each cell of an architecture [L, O] does.
+def _decisions(
+    plans: list[_Plan], forced_cells: np.ndarray, architecture: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What each cell of an architecture [L, O] does, in two kernels, the second of all switches'
+    scalars.
 
     Returns:
       The cell as an integer with a bit for each op of its plan, set where the op is on, and the
       number of its branch in `_apply_cell`'s order; int32 [L].
     """
     bits = np.zeros(architecture.shape, np.int32)
-    alone = np.zeros(architecture.shape, np.int32)
-    several = np.array([len(plan.alone) for plan in plans], np.int32)
-    none = np.array([len(plan.alone) + plan.several for plan in plans], np.int32)
     for index, plan in enumerate(plans):
         bits[index, list(plan.ops)] = 1 << np.arange(len(plan.ops))
-        alone[index, list(plan.alone)] = np.arange(len(plan.alone))
+    several = np.array([len(plan.alone) for plan in plans], np.int32)
+    none = np.array([len(plan.alone) + plan.several for plan in plans], np.int32)
+    any_alone = np.array([plan.alone == plan.ops for plan in plans], np.int32)
 
-    on = architecture.astype(jnp.int32)
-    codes = jnp.sum(on * bits, axis=-1)
-    count = jnp.sum(on, axis=-1)
-    one = jnp.sum(on * alone, axis=-1)
-    branches = jnp.where(count == 1, one, jnp.where(count == 0, none, several))
-    # Computed for all cells at once; else XLA would make kernels of it for every cell.
-    codes, branches = lax.optimization_barrier(jnp.stack([codes, branches]))
-    return codes, branches
+    codes = jnp.sum(architecture.astype(jnp.int32) * bits, axis=-1)
+    # The empty-cell rule.
+    codes = jnp.where(codes == 0, np.where(forced_cells, bits[:, FORCED_OP], 0), codes)
+    # One vector, whether switches are made of it or branches read it.
+    codes = lax.optimization_barrier(codes)
+    count = lax.population_count(codes)
+    one = lax.population_count(codes - 1) * any_alone
+    return codes, jnp.where(count == 1, one, jnp.where(count == 0, none, several))
 
 
 def _path_programs(
@@ -218,7 +220,7 @@ def _apply_cell(
     plan: _Plan,
     runs: dict[int, _Path],
     x: jax.Array,
-    code: jax.Array,
+    code: Callable[[], jax.Array],
     branch: jax.Array,
     join: Join,
 ) -> jax.Array:
@@ -230,7 +232,7 @@ def _apply_cell(
         return _apply_all(runs, plan.ops, x, join)
 
     def several(x: jax.Array) -> jax.Array:
-        return _apply_several(cell, [runs[op] for op in plan.ops], x, code, join)
+        return _apply_several(cell, [runs[op] for op in plan.ops], x, code(), join)
 
     branches = [runs[op] for op in plan.alone]
     branches += [several] if plan.several else []
