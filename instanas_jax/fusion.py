@@ -14,8 +14,7 @@ def after(x: jax.Array, known: jax.Array) -> jax.Array:
     wake on other processors. So a controller that looks at an image beside the network costs a
     narrow network a tenth of its time, and a third where processors are idle.
 
-    Chains are networks of which at most one path of a cell is undecided, by `policy.greedy` and a
-    controller over patches or the small residual one.
+    Chains are all networks but those with the large residual controller.
 
     Args:
       known: of floating point. NaN in its first value turns x to zeros, which XLA can't rule out.

@@ -108,7 +108,7 @@ def apply_deciding(
         for index in cells:
             cell, plan = spec.cells[index], plans[index]
             runs = _path_programs(cell, weights["paths"][index], lowering)
-            x = _apply_cell(cell, plan, runs, x, lambda: codes[index], branches[index], spec.join)
+            x = _apply_cell(cell, plan, runs, x, codes, branches, index, spec.join)
         return x
 
     def checked(mask: jax.Array) -> jax.Array:
@@ -178,29 +178,31 @@ def _plan(
 
 
 def _decisions(
-    plans: list[_Plan], forced_cells: np.ndarray, architecture: jax.Array
+    plans: list[_Plan], forced_cells: np.ndarray, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """What each cell of an architecture [L, O] does, in two kernels, the second of all switches'
-    scalars.
+    """What each cell does under a mask [L, O], the empty-cell rule applied.
+
+    Two kernels, the second one giving the indices of all switches: what is computed cell by cell,
+    or beside the chain, costs each image some microseconds.
 
     Returns:
       The cell as an integer with a bit for each op of its plan, set where the op is on, and the
       number of its branch in `_apply_cell`'s order; int32 [L].
     """
-    bits = np.zeros(architecture.shape, np.int32)
+    bits = np.zeros(mask.shape, np.int32)
     for index, plan in enumerate(plans):
         bits[index, list(plan.ops)] = 1 << np.arange(len(plan.ops))
+    forced = np.where(forced_cells, bits[:, FORCED_OP], 0)
     several = np.array([len(plan.alone) for plan in plans], np.int32)
     none = np.array([len(plan.alone) + plan.several for plan in plans], np.int32)
-    any_alone = np.array([plan.alone == plan.ops for plan in plans], np.int32)
+    # Where fewer ops run alone than may run, that is one op, or none.
+    each_alone = np.array([plan.alone == plan.ops for plan in plans], np.int32)
 
-    codes = jnp.sum(architecture.astype(jnp.int32) * bits, axis=-1)
-    # The empty-cell rule.
-    codes = jnp.where(codes == 0, np.where(forced_cells, bits[:, FORCED_OP], 0), codes)
-    # One vector, whether switches are made of it or branches read it.
-    codes = lax.optimization_barrier(codes)
+    codes = jnp.sum((mask > 0.5) * bits, axis=-1)
+    # A barrier, or XLA would sum again for each switch.
+    codes = lax.optimization_barrier(jnp.where(codes == 0, forced, codes))
     count = lax.population_count(codes)
-    one = lax.population_count(codes - 1) * any_alone
+    one = lax.population_count(codes - 1) * each_alone
     return codes, jnp.where(count == 1, one, jnp.where(count == 0, none, several))
 
 
@@ -220,11 +222,12 @@ def _apply_cell(
     plan: _Plan,
     runs: dict[int, _Path],
     x: jax.Array,
-    code: Callable[[], jax.Array],
-    branch: jax.Array,
+    codes: jax.Array,
+    branches: jax.Array,
+    index: int,
     join: Join,
 ) -> jax.Array:
-    """One cell under its decision.
+    """One cell under its decision, which is that at `index` of all.
 
     Most cells run one op or none: such a branch is as short as a static network's cell.
     """
@@ -232,12 +235,13 @@ def _apply_cell(
         return _apply_all(runs, plan.ops, x, join)
 
     def several(x: jax.Array) -> jax.Array:
-        return _apply_several(cell, [runs[op] for op in plan.ops], x, code(), join)
+        # Cut where it is read; all cells' codes, cut before, would be kernels beside the chain.
+        return _apply_several(cell, [runs[op] for op in plan.ops], x, codes[index], join)
 
-    branches = [runs[op] for op in plan.alone]
-    branches += [several] if plan.several else []
-    branches += [lambda x: x] if plan.none else []
-    return lax.switch(branch, branches, x)
+    programs = [runs[op] for op in plan.alone]
+    programs += [several] if plan.several else []
+    programs += [lambda x: x] if plan.none else []
+    return lax.switch(branches[index], programs, x)
 
 
 def _apply_all(
@@ -260,17 +264,18 @@ def _apply_several(
     join: Join,
 ) -> jax.Array:
     """The paths whose bits are set, one after another, joined."""
+    active = (code >> jnp.arange(len(runs))) & 1
+    # Each path's last loop scales; one over their sum would be a kernel more.
+    scale = ops.join_scale(active.astype(x.dtype), join)
 
     def add_next(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         remaining, total = state
         lowest_bit = remaining & -remaining
         path = lax.population_count(lowest_bit - 1)
         added = lax.switch(
-            path, [lambda x, total, run=run: total + run(x) for run in runs], x, total
+            path, [lambda x, total, run=run: total + scale * run(x) for run in runs], x, total
         )
         return remaining - lowest_bit, added
 
     nothing = jnp.zeros((x.shape[0], cell.out_size, cell.out_size, cell.out_channels))
-    _, total = lax.while_loop(lambda state: state[0] != 0, add_next, (code, nothing))
-    active = (code >> jnp.arange(len(runs))) & 1
-    return total * ops.join_scale(active.astype(total.dtype), join)
+    return lax.while_loop(lambda state: state[0] != 0, add_next, (code, nothing))[1]

@@ -12,6 +12,7 @@ import pytest
 
 from instanas_jax import (
     augment,
+    budget,
     controller,
     cost,
     environment,
@@ -141,24 +142,40 @@ def instructions(program: str, computation: str) -> list[tuple[str, str, list[st
     ]
 
 
+# Of one computation: XLA runs so few in their order, whatever they need.
+FEW_KERNELS = 8
+
+
+def computations(program: str) -> list[str]:
+    """The main one of an XLA program, branches, and bodies of loops."""
+    named = re.findall(r"(?:branch_computations=\{[^}]*|body=%\S+(?=,))", program)
+    names = {name for names in named for name in re.findall(r"%[^\s,]+", names)}
+    return ["ENTRY", *(f"{re.escape(name)} " for name in sorted(names))]
+
+
 def kernels_that_need_not_the_one_before(program: str) -> list[str]:
-    """Names, in an XLA program's schedule; but the first, which needs none. A call in which nothing
-    is computed reads and writes nothing, and so needs none either."""
-    made_of: dict[str, set[str]] = {}  # The kernels behind each value.
-    before, astray = None, []
-    for name, kind, operands, line in instructions(program, "ENTRY"):
-        needs = set().union(*(made_of[operand] for operand in operands))
-        if kind in NO_KERNELS:
-            made_of[name] = needs
-            continue
-        called = re.search(r"to_apply=(%\S+?),? ", line) if kind == "call" else None
-        is_idle = called is not None and all(
-            inner in NO_KERNELS for _, inner, _, _ in instructions(program, re.escape(called[1]))
-        )
-        if before is not None and (is_idle or before not in needs):
-            astray.append(name)
-        made_of[name] = {name}
-        before = name
+    """Names, in the schedule of each computation; but of its first, which needs none, and where
+    there are few. A call in which nothing is computed reads and writes nothing, and so needs none
+    either."""
+    astray = []
+    for computation in computations(program):
+        made_of: dict[str, set[str]] = {}  # The kernels behind each value.
+        kernels, needless = [], []
+        for name, kind, operands, line in instructions(program, computation):
+            needs = set().union(*(made_of[operand] for operand in operands))
+            if kind in NO_KERNELS:
+                made_of[name] = needs
+                continue
+            called = re.search(r"to_apply=(%\S+?),? ", line) if kind == "call" else None
+            is_idle = called is not None and all(
+                inner in NO_KERNELS
+                for _, inner, _, _ in instructions(program, re.escape(called[1]))
+            )
+            if kernels and (is_idle or kernels[-1] not in needs):
+                needless.append(name)
+            made_of[name] = {name}
+            kernels.append(name)
+        astray += needless if len(kernels) > FEW_KERNELS else []
     return astray
 
 
@@ -175,18 +192,25 @@ def compiled_predictors(controller_kind: str) -> dict[str, str]:
     chooses = whole_networks.depth_settled(spec)
     several_run = policy.Settled(chooses.on.copy(), chooses.off.copy())
     several_run.on[0, [1, 4]], several_run.off[0, [1, 4]] = True, False
+    prices = latency.Prices(np.ones(spec.mask_shape), np.zeros(spec.num_cells), 0.0)
+    limited = budget.Limit(spec.num_cells, prices, spec.forced_cells, chooses)
     programs = {
         name: inference.compile_predictor(
-            inference.deploy(spec, **state, controller_variables=policy_of, settled=settled)
+            inference.deploy(
+                spec, **state, controller_variables=policy_of, settled=settled, rule=rule
+            )
         )
-        for name, settled in (
-            ("chooses", chooses),
-            ("several run", several_run),
-            ("static", policy.Settled.architecture(uniform_architecture(spec, 0))),
+        for name, settled, rule in (
+            ("chooses", chooses, policy.greedy),
+            ("limited", chooses, limited.masks),
+            ("several run", several_run, policy.greedy),
+            ("undecided", policy.Settled.nothing(spec.mask_shape), policy.greedy),
+            ("static", policy.Settled.architecture(uniform_architecture(spec, 0)), policy.greedy),
         )
     }
     matrix = jnp.ones((64, 64))
-    programs["no chain"] = jax.jit(lambda x: (x @ x, jnp.sin(x) @ x)).lower(matrix).compile()
+    products = jax.jit(lambda x: [jnp.sin(x * factor) @ x for factor in range(FEW_KERNELS)])
+    programs["no chain"] = products.lower(matrix).compile()
     return {name: program.as_text() for name, program in programs.items()}
 
 
