@@ -162,7 +162,9 @@ class Pipeline:
     def _check_batches(self) -> None:
         for name in ("pretrain", "search", "finetune"):
             batch_size = getattr(self.config, name).batch_size
-            parallel.check_batch_size(batch_size, flag=f"{name}_batch_size")
+            # Networks from scratch mix in batches of the pretraining's size (`plans`).
+            mixes = name != "search" and self.config.finetune.cut_mix > 0.0
+            parallel.check_batch_size(batch_size, flag=f"{name}_batch_size", in_pairs=mixes)
             data.steps_per_epoch(len(self.dataset.train), batch_size)
 
     def _compile_ahead(

@@ -88,7 +88,8 @@ class Planner:
 
     def scratch(self, name: str, architecture: np.ndarray) -> Plan:
         """A static network [L, O] from fresh weights, with as many images as a variant's weights
-        see in all, by the rate and schedule of the pretraining."""
+        see in all, by the batches, rate, schedule and decay of the pretraining. Mixed and smoothed
+        all along as in finetuning, since it is one training."""
         like = self.config.pretrain
         section = dataclasses.replace(
             self.config.finetune,

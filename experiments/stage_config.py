@@ -133,8 +133,9 @@ class FinetuneConfig:
     )
     cut_mix: float = setting(
         0.0,
-        "Probability that a rectangle of an image is its neighbour's in the batch, as is that "
-        "share of its label. For long training.",
+        "Probability that a rectangle of an image is its neighbour's in the batch, and that share "
+        "of what it should be called as well. For long training; metrics of training then count "
+        "by the image's own label. Several devices need an even number of a batch each.",
         minimum=0.0,
         maximum=1.0,
     )

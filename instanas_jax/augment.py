@@ -1,4 +1,4 @@
-"""Augmentation and normalisation on the device, inside jit; every image draws from its own key."""
+"""Augmentation, mixing and normalisation on the device, in jit; each image draws by its own key."""
 
 import dataclasses
 
@@ -101,11 +101,12 @@ def cut_mix(
     """Lays a rectangle of its neighbour in the batch over an image.
 
     Images 0 and 1 are neighbours, 2 and 3, and so on; batches are shuffled, so any two may meet.
-    The last of an odd number has itself. On several devices each has an even number of a batch, or
-    what an image meets depends on how many devices there are. Its sides are those of the image
-    times the square root of a number drawn evenly from [0, 1]; its centre is uniform over the
-    pixels, and it is clipped at the borders. Source: CutMix (arXiv 1905.04899), section 3.1 and
-    algorithm 1, with alpha 1; there all images of a batch share one rectangle.
+    The last of an odd number has itself: on several devices, each must hold an even number, or what
+    an image meets depends on how many they are. The rectangle's sides are those of the image times
+    the square root of a number drawn evenly from [0, 1]; its centre is uniform over the pixels, and
+    it is clipped at the borders. Source: CutMix (arXiv 1905.04899), section 3.1, with alpha 1.
+    Differs from the paper: each image has a rectangle of its own, where all of a batch share one,
+    and mixes with its neighbour, where the batch is permuted.
 
     Args:
       keys: `[B]` typed keys.

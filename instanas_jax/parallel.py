@@ -130,13 +130,19 @@ def process_count() -> int:
     return jax.process_count()
 
 
-def check_batch_size(batch_size: int, *, flag: str) -> None:
-    """InputError unless the devices can share a batch of this size evenly."""
+def check_batch_size(batch_size: int, *, flag: str, in_pairs: bool = False) -> None:
+    """InputError unless the devices can share a batch of this size evenly.
+
+    Args:
+      in_pairs: whether neighbours in the batch must stay together (`augment.cut_mix`).
+    """
     devices = device_count()
-    if batch_size < 1 or batch_size % devices:
+    together = 2 if in_pairs and devices > 1 else 1
+    if batch_size < 1 or batch_size % (devices * together):
+        pairs = " in pairs" if together > 1 else ""
         raise InputError(
-            f"--{flag}={batch_size} cannot be shared evenly by {devices} devices: choose a "
-            f"multiple of {devices}"
+            f"--{flag}={batch_size} cannot be shared evenly{pairs} by {devices} devices: choose a "
+            f"multiple of {devices * together}"
         )
 
 

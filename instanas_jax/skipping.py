@@ -192,7 +192,7 @@ def _decisions(
     bits = np.zeros(mask.shape, np.int32)
     for index, plan in enumerate(plans):
         bits[index, list(plan.ops)] = 1 << np.arange(len(plan.ops))
-    forced = np.where(forced_cells, bits[:, FORCED_OP], 0)
+    forced = np.where(forced_cells, bits[:, FORCED_OP], 0)  # `policy.resolve_empty_cells`, by bits.
     several = np.array([len(plan.alone) for plan in plans], np.int32)
     none = np.array([len(plan.alone) + plan.several for plan in plans], np.int32)
     # Where fewer ops run alone than may run, that is one op, or none.

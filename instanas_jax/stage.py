@@ -108,9 +108,9 @@ def augmented(setting: Setting, draws: Draws, batch: Batch) -> jax.Array:
     )
 
 
-def one_hot(setting: Setting, labels: jax.Array) -> jax.Array:
-    """Labels [B] as certain distributions [B, K]."""
-    return jax.nn.one_hot(labels, setting.spec.num_classes)
+def certain_targets(spec: SupernetSpec, labels: jax.Array) -> jax.Array:
+    """Labels [B] as distributions over the classes, float32 [B, K], that leave no doubt."""
+    return jax.nn.one_hot(labels, spec.num_classes, dtype=jnp.float32)
 
 
 def mean_over_devices(setting: Setting, tree: Any) -> Any:
@@ -168,8 +168,9 @@ def supernet_inputs(
     """What `supernet_update` reads; numbers rather than constants, so that stages share it.
 
     Args:
-      targets: [B, K], the distribution over classes that each image should have; its label's own
-        by `one_hot`.
+      labels: [B], by which metrics count right answers.
+      targets: [B, K], by which the network is trained: the distribution over classes that it
+        should give to each image (`certain_targets` where nothing is mixed or smoothed).
     """
     return {
         "image": images,
@@ -192,7 +193,7 @@ def some_paths(paths: np.ndarray) -> tuple[tuple[bool, ...], ...] | None:
 def supernet_update(
     setting: Setting, paths: tuple[tuple[bool, ...], ...] | None = None
 ) -> Callable[[TrainState, Inputs], tuple[TrainState, Metrics]]:
-    """Cross-entropy under given masks by SGD; the controller stays as it is.
+    """Cross-entropy with given targets under given masks by SGD; the controller stays as it is.
 
     Args:
       paths: [L, O] as nested tuples, those that masks may hold; only they are computed.

@@ -16,8 +16,8 @@ from instanas_jax.stage import (
     Setting,
     Stage,
     augmented,
+    certain_targets,
     draw_keys,
-    one_hot,
     policy_logits_of,
     some_paths,
     supernet_inputs,
@@ -69,7 +69,7 @@ def pretrain(
             images,
             labels,
             mask,
-            targets=one_hot(setting, labels),
+            targets=certain_targets(setting.spec, labels),
             sgd=sgd,
             learning_rate=rate(state.step),
         )
@@ -113,10 +113,10 @@ def finetune(
         # All variants see the same augmentation, so that they differ by their policy alone.
         draws = draw_keys(setting, "finetune", state.step, labels.shape[0])
         images = augmented(setting, draws, batch)
-        targets = one_hot(setting, labels)
+        targets = certain_targets(spec, labels)
         if cut_mix:
             images, others, own = augment.cut_mix(draws.mix, images, labels, probability=cut_mix)
-            targets = own[:, None] * targets + (1.0 - own[:, None]) * one_hot(setting, others)
+            targets += (1.0 - own[:, None]) * (certain_targets(spec, others) - targets)
         targets = optax.smooth_labels(targets, label_smoothing)
         if settled.everything:
             shape = (labels.shape[0], *spec.mask_shape)

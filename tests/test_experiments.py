@@ -102,7 +102,10 @@ def fake_data(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("flagfile", FLAGFILES, ids=lambda path: path.stem)
-def test_every_shipped_flagfile_runs_to_its_results(flagfile, tmp_path, fake_data, capsys):
+def test_every_shipped_flagfile_runs_to_its_results(
+    flagfile, tmp_path, fake_data, capsys, monkeypatch
+):
+    monkeypatch.chdir(ROOT)  # From where flagfiles name others.
     name = PROGRAMS[flagfile.stem.split("_")[0]].DEFAULTS.dataset
     smaller = [*TINY, f"--workdir={tmp_path / 'run'}"]
     parse(f"--flagfile={flagfile}")

@@ -24,7 +24,7 @@ from instanas_jax import (
     supernet,
     whole_networks,
 )
-from instanas_jax.search_space import preset, uniform_architecture
+from instanas_jax.search_space import Join, preset, uniform_architecture
 from tests.networks import as_if_trained
 
 SPEC = preset("tiny", num_classes=10)
@@ -142,7 +142,7 @@ def instructions(program: str, computation: str) -> list[tuple[str, str, list[st
     ]
 
 
-# Of one computation: XLA runs so few in their order, whatever they need.
+# XLA's executor runs a computation of up to so many in their order, whatever they need.
 FEW_KERNELS = 8
 
 
@@ -179,9 +179,9 @@ def kernels_that_need_not_the_one_before(program: str) -> list[str]:
     return astray
 
 
-def compiled_predictors(controller_kind: str) -> dict[str, str]:
+def compiled_predictors(controller_kind: str, join: Join) -> dict[str, str]:
     """Programs of one image as they are deployed, for `environment.in_inference_process`."""
-    spec = preset("tiny", num_classes=10, controller=controller_kind, controller_pool=2)
+    spec = preset("tiny", num_classes=10, controller=controller_kind, controller_pool=2, join=join)
     state: dict[str, Any] = {
         "supernet_variables": supernet.init(jax.random.key(0), spec),
         "mean": (0.5, 0.5, 0.5),
@@ -193,7 +193,11 @@ def compiled_predictors(controller_kind: str) -> dict[str, str]:
     several_run = policy.Settled(chooses.on.copy(), chooses.off.copy())
     several_run.on[0, [1, 4]], several_run.off[0, [1, 4]] = True, False
     prices = latency.Prices(np.ones(spec.mask_shape), np.zeros(spec.num_cells), 0.0)
-    limited = budget.Limit(spec.num_cells, prices, spec.forced_cells, chooses)
+    nothing = policy.Settled.nothing(spec.mask_shape)
+
+    def limited(settled: policy.Settled) -> Any:
+        return budget.Limit(spec.num_cells, prices, spec.forced_cells, settled).masks
+
     programs = {
         name: inference.compile_predictor(
             inference.deploy(
@@ -202,25 +206,39 @@ def compiled_predictors(controller_kind: str) -> dict[str, str]:
         )
         for name, settled, rule in (
             ("chooses", chooses, policy.greedy),
-            ("limited", chooses, limited.masks),
+            ("limited", chooses, limited(chooses)),
             ("several run", several_run, policy.greedy),
-            ("undecided", policy.Settled.nothing(spec.mask_shape), policy.greedy),
+            ("undecided", nothing, policy.greedy),
+            ("undecided, limited", nothing, limited(nothing)),
             ("static", policy.Settled.architecture(uniform_architecture(spec, 0)), policy.greedy),
         )
     }
     matrix = jnp.ones((64, 64))
-    products = jax.jit(lambda x: [jnp.sin(x * factor) @ x for factor in range(FEW_KERNELS)])
-    programs["no chain"] = products.lower(matrix).compile()
+
+    def products(x: jax.Array) -> list[jax.Array]:
+        return [jnp.sin(x * factor) @ x for factor in range(FEW_KERNELS)]
+
+    programs["no chain"] = jax.jit(products).lower(matrix).compile()
+    chosen = jax.jit(
+        lambda index, x: jax.lax.switch(index, [products, lambda x: [x] * FEW_KERNELS], x)
+    )
+    programs["no chain in a branch"] = chosen.lower(0, matrix).compile()
     return {name: program.as_text() for name, program in programs.items()}
 
 
-@pytest.mark.parametrize("controller_kind", ["patches", "residual_small"])
-def test_a_predictor_is_one_chain_of_kernels(monkeypatch, controller_kind):
+@pytest.mark.parametrize(
+    ("controller_kind", "join"), [("patches", "mean"), ("residual_small", "sum")]
+)
+def test_a_predictor_is_one_chain_of_kernels(monkeypatch, controller_kind, join):
     """So XLA runs it on the thread that calls; see `fusion.after`."""
     monkeypatch.setenv("XLA_FLAGS", "")  # Those of the tests make other kernels.
-    programs = environment.in_inference_process(compiled_predictors, controller_kind, threads=1)
-    assert kernels_that_need_not_the_one_before(programs.pop("no chain"))
+    programs = environment.in_inference_process(
+        compiled_predictors, controller_kind, join, threads=1
+    )
+    for control in ("no chain", "no chain in a branch"):
+        assert kernels_that_need_not_the_one_before(programs.pop(control)), control
     for name, program in programs.items():
+        assert (len(computations(program)) > 1) == (name != "static")
         assert program.count(" dot(") > SPEC.num_cells
         assert kernels_that_need_not_the_one_before(program) == [], name
 

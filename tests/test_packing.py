@@ -39,6 +39,12 @@ def test_matrices_that_every_call_reads_are_arguments():
     jax.tree.map(np.testing.assert_array_equal, unpack(packed), WEIGHTS)
 
 
+def test_matrices_of_branches_are_cut_up_to_32_kilobytes():
+    matrices = [np.zeros((2**6, columns), np.float32) for columns in (2**7, 2**7 + 1)]
+    packed = packing.pack(matrices, in_branch=True)
+    assert [leaf.shape for leaf in packed.large] == [matrices[1].shape]
+
+
 def test_weights_without_small_arrays():
     large = {"large": WEIGHTS["large"]}
     np.testing.assert_array_equal(unpack(packing.pack(large))["large"], large["large"])

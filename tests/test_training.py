@@ -99,7 +99,8 @@ def make_stage(name: str, axis_name: str | None):
         "static": policy.Settled.architecture(uniform_architecture(SPEC, 0)),
         "finetune_settled": some_settled(),
     }.get(name, policy.Settled.nothing(SPEC.mask_shape))
-    return stages.finetune(setting, name=name, sgd=sgd, total_steps=4, settled=settled)
+    mixing = {"cut_mix": 0.75, "label_smoothing": 0.1} if name == "finetune_mixed" else {}
+    return stages.finetune(setting, name=name, sgd=sgd, total_steps=4, settled=settled, **mixing)
 
 
 def some_settled() -> policy.Settled:
@@ -177,7 +178,15 @@ def train(name: str, *, devices: int):
 
 @pytest.mark.parametrize(
     "name",
-    ["pretrain", "search", "search_by_samples", "search_ours", "search_divided", "search_settled"],
+    [
+        "pretrain",
+        "search",
+        "search_by_samples",
+        "search_ours",
+        "search_divided",
+        "search_settled",
+        "finetune_mixed",
+    ],
 )
 def test_four_devices_train_as_one(name):
     """Same global batches: parameters, running statistics and metrics agree to rounding.
@@ -373,8 +382,11 @@ def test_finetuning_answers_mixed_images_by_mixed_and_smoothed_labels():
         return jax.jit(stage.phases[0].prepare)(state, dict(batch))
 
     plain, mixed = inputs_of(), inputs_of(cut_mix=1.0, label_smoothing=0.1)
+    smoothed = inputs_of(label_smoothing=0.2)
     own = np.asarray(jax.nn.one_hot(batch["label"], SPEC.num_classes))
     np.testing.assert_array_equal(plain["target"], own)
+    np.testing.assert_allclose(smoothed["target"], 0.8 * own + 0.2 / SPEC.num_classes, rtol=1e-5)
+    np.testing.assert_array_equal(smoothed["image"], plain["image"])
     draws = draw_keys(make_setting(None), "finetune", state.step, BATCH)
     images, others, share = augment.cut_mix(
         draws.mix, plain["image"], batch["label"], probability=1.0
