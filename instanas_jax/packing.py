@@ -94,7 +94,7 @@ def pack(weights: Weights, *, in_branch: Any = False) -> Packed:
     """Lays a predictor's tree of float32 arrays out on the default device.
 
     Args:
-      in_branch: whether an array is read inside a branch, which most calls do not take; a bool, or
+      in_branch: whether an array is read inside a branch; a bool, or
         a tree of them whose leaves may stand for whole subtrees of `weights`.
     """
     leaves, structure = jax.tree.flatten(jax.device_get(weights))
@@ -121,7 +121,7 @@ def _pack(leaves: list[Any], structure: Any, cut: tuple[bool, ...]) -> Packed:
 
 def _is_cut(leaf: Any, in_branch: bool) -> bool:
     """A bias [C] or depthwise kernel [k, k, C], which fused loops index in the vector itself; or
-    small and seldom read."""
+    a matrix that a branch reads, up to `_CUT_UP_TO` values."""
     return leaf.ndim in (1, 3) or (in_branch and leaf.size <= _CUT_UP_TO)
 
 

@@ -31,7 +31,6 @@ from instanas_jax.stage import (
     Stage,
     arrays_of,
     augmented,
-    certain_targets,
     draw_keys,
     is_correct,
     mean_over_devices,
@@ -210,10 +209,10 @@ def search(
         # many masks (facts of the authors' program).
         masks = _shuffle_over_batch(setting, draws.batch, masks)
         return supernet_inputs(
+            setting.spec,
             images,
             labels,
             masks,
-            targets=certain_targets(setting.spec, labels),
             sgd=supernet_sgd,
             learning_rate=supernet_rate(state.step),
         )

@@ -9,7 +9,7 @@ switch, so a static network is the case in which all of them are.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -101,14 +101,17 @@ def apply_deciding(
     settled = _or_nothing(spec, settled)
     plans = _plans(spec, settled)
     first_undecided = np.append(np.flatnonzero(settled.undecided_cells), spec.num_cells)[0]
-    nothing = jnp.zeros(spec.num_cells, jnp.int32)
     ends = packing.read({name: weights[name] for name in _ENDS})
 
-    def run_cells(cells: range, x: jax.Array, codes: jax.Array, branches: jax.Array) -> jax.Array:
+    def run_cells(cells: range, x: jax.Array, decisions: _Decisions | None = None) -> jax.Array:
         for index in cells:
             cell, plan = spec.cells[index], plans[index]
             runs = _path_programs(cell, weights["paths"][index], lowering)
-            x = _apply_cell(cell, plan, runs, x, codes, branches, index, spec.join)
+            if plan.always:
+                x = _apply_all(runs, plan.ops, x, spec.join)
+            else:
+                assert decisions is not None  # Cells before the first undecided one are settled.
+                x = _apply_decided(cell, plan, runs, x, decisions, index, spec.join)
         return x
 
     def checked(mask: jax.Array) -> jax.Array:
@@ -116,14 +119,14 @@ def apply_deciding(
         return mask
 
     x = supernet.apply_stem(spec, ends, images, lowering=lowering)
-    x = run_cells(range(first_undecided), x, nothing, nothing)
+    x = run_cells(range(first_undecided), x)
     if first_undecided == spec.num_cells:
         class_logits = supernet.apply_head(ends, x, lowering=lowering)
         return class_logits, checked(decide(class_logits))
     # One mask, whether it is read here or is a result.
     mask = lax.optimization_barrier(checked(decide(x)))
     decisions = _decisions(plans, spec.forced_cells, mask[0])
-    x = run_cells(range(first_undecided, spec.num_cells), x, *decisions)
+    x = run_cells(range(first_undecided, spec.num_cells), x, decisions)
     return supernet.apply_head(ends, x, lowering=lowering), mask
 
 
@@ -177,17 +180,23 @@ def _plan(
     )
 
 
-def _decisions(
-    plans: list[_Plan], forced_cells: np.ndarray, mask: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+class _Decisions(NamedTuple):
+    """What each cell of an architecture does.
+
+    Attributes:
+      codes: int32 [L], an integer with a bit for each op of the cell's plan, set where it is on.
+      branches: int32 [L], the number of its branch in `_apply_decided`'s order.
+    """
+
+    codes: jax.Array
+    branches: jax.Array
+
+
+def _decisions(plans: list[_Plan], forced_cells: np.ndarray, mask: jax.Array) -> _Decisions:
     """What each cell does under a mask [L, O], the empty-cell rule applied.
 
     Two kernels, the second one giving the indices of all switches: what is computed cell by cell,
     or beside the chain, costs each image some microseconds.
-
-    Returns:
-      The cell as an integer with a bit for each op of its plan, set where the op is on, and the
-      number of its branch in `_apply_cell`'s order; int32 [L].
     """
     bits = np.zeros(mask.shape, np.int32)
     for index, plan in enumerate(plans):
@@ -203,7 +212,8 @@ def _decisions(
     codes = lax.optimization_barrier(jnp.where(codes == 0, forced, codes))
     count = lax.population_count(codes)
     one = lax.population_count(codes - 1) * each_alone
-    return codes, jnp.where(count == 1, one, jnp.where(count == 0, none, several))
+    branches = jnp.where(count == 1, one, jnp.where(count == 0, none, several))
+    return _Decisions(codes, branches)
 
 
 def _path_programs(
@@ -217,31 +227,28 @@ def _path_programs(
     return {op: program(op) for op in paths}
 
 
-def _apply_cell(
+def _apply_decided(
     cell: CellSpec,
     plan: _Plan,
     runs: dict[int, _Path],
     x: jax.Array,
-    codes: jax.Array,
-    branches: jax.Array,
+    decisions: _Decisions,
     index: int,
     join: Join,
 ) -> jax.Array:
-    """One cell under its decision, which is that at `index` of all.
+    """A cell that is not settled under its decision, that at `index` of all.
 
     Most cells run one op or none: such a branch is as short as a static network's cell.
     """
-    if plan.always:
-        return _apply_all(runs, plan.ops, x, join)
 
     def several(x: jax.Array) -> jax.Array:
         # Cut where it is read; all cells' codes, cut before, would be kernels beside the chain.
-        return _apply_several(cell, [runs[op] for op in plan.ops], x, codes[index], join)
+        return _apply_several(cell, [runs[op] for op in plan.ops], x, decisions.codes[index], join)
 
     programs = [runs[op] for op in plan.alone]
     programs += [several] if plan.several else []
     programs += [lambda x: x] if plan.none else []
-    return lax.switch(branches[index], programs, x)
+    return lax.switch(decisions.branches[index], programs, x)
 
 
 def _apply_all(

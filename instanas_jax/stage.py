@@ -157,25 +157,26 @@ def train_network(
 
 
 def supernet_inputs(
+    spec: SupernetSpec,
     images: jax.Array,
     labels: jax.Array,
     mask: jax.Array,
     *,
-    targets: jax.Array,
     sgd: optimizers.SgdSettings,
     learning_rate: jax.typing.ArrayLike,
+    targets: jax.Array | None = None,
 ) -> Inputs:
     """What `supernet_update` reads; numbers rather than constants, so that stages share it.
 
     Args:
       labels: [B], by which metrics count right answers.
       targets: [B, K], by which the network is trained: the distribution over classes that it
-        should give to each image (`certain_targets` where nothing is mixed or smoothed).
+        should give to each image; by default the labels, without doubt.
     """
     return {
         "image": images,
         "label": labels,
-        "target": targets,
+        "target": certain_targets(spec, labels) if targets is None else targets,
         "mask": mask,
         "learning_rate": jnp.asarray(learning_rate, jnp.float32),
         "momentum": jnp.asarray(sgd.momentum, jnp.float32),

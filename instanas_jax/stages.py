@@ -66,12 +66,7 @@ def pretrain(
         mask = policy.path_dropout(draws.mask, paths, setting.spec.forced_cells, keep)
         images = augmented(setting, draws, batch)
         return supernet_inputs(
-            images,
-            labels,
-            mask,
-            targets=certain_targets(setting.spec, labels),
-            sgd=sgd,
-            learning_rate=rate(state.step),
+            setting.spec, images, labels, mask, sgd=sgd, learning_rate=rate(state.step)
         )
 
     update = supernet_update(setting, some_paths(paths))
@@ -127,7 +122,13 @@ def finetune(
                 policy_logits -= policy.random_thresholds(draws.mask, threshold_spread)
             mask = policy.greedy(policy_logits)
         return supernet_inputs(
-            images, labels, mask, targets=targets, sgd=sgd, learning_rate=rate(state.step)
+            spec,
+            images,
+            labels,
+            mask,
+            sgd=sgd,
+            learning_rate=rate(state.step),
+            targets=targets,
         )
 
     paths = some_paths(settled.may_run(spec.forced_cells))

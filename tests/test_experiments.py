@@ -29,6 +29,8 @@ from experiments import (
 )
 from experiments import flags as flags_lib
 from experiments.config import Config, DataConfig, ModelConfig, RunConfig, validate_section
+from experiments.plans import Planner
+from experiments.stage_config import FinetuneConfig, PretrainConfig
 from experiments.workdir import Workdir
 from instanas_jax import (
     checkpoint,
@@ -277,6 +279,30 @@ def test_widths_from_scratch_answer_beside_the_variant(tmp_path, fake_data, caps
     for widths, message in (("", "is empty"), ("x", "name numbers"), ("9", "--width=9")):
         with pytest.raises(InputError, match=message):
             compare(*widths)
+
+
+def test_what_is_finetuned_mixes_and_smooths_as_told_and_networks_from_scratch_do_too():
+    """And baselines, of which everything is settled."""
+    section = FinetuneConfig(batch_size=16, cut_mix=1.0, label_smoothing=0.1)
+    config = Config("synthetic", pretrain=PretrainConfig(batch_size=16), finetune=section)
+    setting, state = make_setting(None), train_state.ravel(fresh_state())
+    planner = Planner(config, setting, make_table(), images=64)
+    architecture = search_space.uniform_architecture(setting.spec, 0)
+    images = data_sources.synthetic(train_size=16, test_size=8).read("train", np.arange(16))
+    batch = next(iter(data.train_batches(images, batch_size=16, seed=0, num_steps=1)))
+    for plan in (planner.static("s", architecture), planner.scratch("s", architecture)):
+        targets = np.asarray(jax.jit(plan.stage.phases[0].prepare)(state, dict(batch))["target"])
+        assert targets.min() == pytest.approx(0.1 / setting.spec.num_classes)
+        own = np.take_along_axis(targets, batch["label"][:, None], axis=1)
+        assert own.min() < 0.8  # By smoothing alone 0.91.
+
+
+def test_batches_that_mix_are_shared_in_pairs():
+    assert parallel.device_count() == 4
+    parallel.check_batch_size(12, flag="finetune_batch_size")
+    parallel.check_batch_size(16, flag="finetune_batch_size", in_pairs=True)
+    with pytest.raises(InputError, match="--finetune_batch_size=12 .* in pairs .* multiple of 8"):
+        parallel.check_batch_size(12, flag="finetune_batch_size", in_pairs=True)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -18,7 +18,7 @@ from benchmarks import peers, reference_weights, roofline, scaling, step_peers
 from instanas_jax import augment, optimizers, supernet, train_state
 from instanas_jax.errors import InputError
 from instanas_jax.search_space import preset, uniform_architecture
-from instanas_jax.stage import Setting, certain_targets, supernet_inputs, supernet_update
+from instanas_jax.stage import Setting, supernet_inputs, supernet_update
 from tests.networks import as_if_trained
 
 _ONE_DEVICE = re.sub("(host_platform_device_count)=[0-9]+", r"\1=1", os.environ["XLA_FLAGS"])
@@ -72,10 +72,10 @@ def test_pytorchs_step_is_ours(join, layout):
         spec, (0.5,) * 3, (0.25,) * 3, augment.Augmentation(), seed=0, lowering="native"
     )
     inputs = supernet_inputs(
+        spec,
         jnp.asarray(IMAGES),
         jnp.asarray(LABELS),
         jnp.asarray(mask),
-        targets=certain_targets(spec, jnp.asarray(LABELS)),
         sgd=SGD,
         learning_rate=SGD.learning_rate,
     )
