@@ -17,6 +17,7 @@ reverse mode, of any order; JAX raises a TypeError for forward mode.
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -45,7 +46,7 @@ _WINDOWS_FROM_KERNEL = 2**13
 
 def dense(x: jax.Array, kernel: jax.Array, *, stride: int, lowering: Lowering) -> jax.Array:
     """Ordinary convolution; kernel [k, k, C_in, C_out]."""
-    out_size = _out_size(x, stride)
+    out_size = _out_size(x.shape[1:3], stride)
     is_small = max(out_size) <= _WINDOWS_UP_TO_SIZE and kernel.size >= _WINDOWS_FROM_KERNEL
     pays = is_small or x.shape[-1] <= _WINDOWS_UP_TO_CHANNELS
     if lowering == "native" or not pays:
@@ -67,6 +68,19 @@ def depthwise(x: jax.Array, kernel: jax.Array, *, stride: int, lowering: Lowerin
     if lowering == "native":
         return _depthwise_native(x, kernel, stride)
     return _depthwise_shifted(x, kernel, stride)
+
+
+def depthwise_of(
+    make: Callable[[], jax.Array], kernel: jax.Array, *, stride: int, lowering: Lowering
+) -> jax.Array:
+    """`depthwise(make(), kernel)` of a predictor, in fewer kernels; see
+    `fusion.padded_where_made`."""
+    if lowering == "native":
+        return _depthwise_native(make(), kernel, stride)
+    pad = kernel.shape[0] // 2
+    padded = fusion.padded_where_made(make, pad)
+    size = tuple(padded_size - 2 * pad for padded_size in padded.shape[1:3])
+    return _weighted_taps(padded, kernel, stride, _out_size(size, stride))
 
 
 # On GPUs, pixels a side of the map of zeros in which one that is smaller than its kernel is laid,
@@ -171,14 +185,15 @@ def _weighted_taps(padded: jax.Array, kernel: jax.Array, stride: int, out_size) 
     return sum(tap * weight for tap, weight in zip(taps, weights, strict=True))  # pyright: ignore
 
 
-def _out_size(x: jax.Array, stride: int) -> tuple[int, int]:
-    return (x.shape[1] - 1) // stride + 1, (x.shape[2] - 1) // stride + 1
+def _out_size(size: tuple[int, ...], stride: int) -> tuple[int, int]:
+    height, width = size
+    return (height - 1) // stride + 1, (width - 1) // stride + 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _depthwise_shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     padded = fusion.padded_once(x, kernel.shape[0] // 2)
-    return _weighted_taps(padded, kernel, stride, _out_size(x, stride))
+    return _weighted_taps(padded, kernel, stride, _out_size(x.shape[1:3], stride))
 
 
 def _depthwise_forward(x, kernel, stride):

@@ -1,5 +1,7 @@
 """Where XLA's fusion stops, and in which order its kernels run."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -32,6 +34,25 @@ def _zero_first(x: jax.Array) -> jax.Array:
 def padded(x: jax.Array, pad: int) -> jax.Array:
     """Maps [B, H, W, C] with `pad` zeros around."""
     return jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+
+def padded_where_made(make: Callable[[], jax.Array], pad: int) -> jax.Array:
+    """`padded(make(), pad)`, made once: the loop that ends `make` pads as well, within a call that
+    XLA does not look into.
+
+    For a predictor, whose kernels and constants are counted: it needs no write of its own, unlike
+    `padded_once`, nor the two constants of that write. Of a constant that a program keeps, XLA's
+    CPU client makes a buffer for each call, on paths that do not run as well: 272 of the 486 that
+    the supernet at width 1 had, which took MobileNetV2's mask a thirtieth of its time. Those that
+    are left stand where two loops of a branch read them; what one reads is part of its code.
+    """
+
+    def made() -> jax.Array:
+        with xla_metadata.set_xla_metadata(inlineable=None):  # Of this call, not of those inside.
+            return padded(make(), pad)
+
+    with xla_metadata.set_xla_metadata(inlineable="false"):
+        return jax.jit(made)()
 
 
 def padded_once(x: jax.Array, pad: int) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from instanas_jax import batch_norm, convolution
+from instanas_jax import batch_norm, convolution, packing
 from instanas_jax.batch_norm import EPSILON, Activation, activate
 
 ConvKind = Literal["dense", "pointwise", "depthwise"]
@@ -214,6 +214,29 @@ def conv_bias(
     activation: Activation = "relu",
     lowering: convolution.Lowering,
 ) -> jax.Array:
-    """The folded form of `ConvBatchNorm`: convolution, bias, activation."""
+    """The folded form of `ConvBatchNorm`: convolution, bias, activation.
+
+    Args:
+      folded: {kernel, bias}, which `packing` may have left uncut.
+    """
+    folded = packing.read(folded)
     y = _convolve(x, folded["kernel"], kind=kind, stride=stride, lowering=lowering)
     return activate(y + folded["bias"].astype(y.dtype), activation)
+
+
+def expand_depthwise(
+    x: jax.Array,
+    expand: Folded,
+    depthwise: Folded,
+    *,
+    stride: int,
+    lowering: convolution.Lowering,
+) -> jax.Array:
+    """`conv_bias` by a pointwise layer, then by a depthwise one, as a predictor runs them."""
+
+    def expanded() -> jax.Array:  # Weights are cut inside, or each cut would be a kernel.
+        return conv_bias(x, expand, kind="pointwise", lowering=lowering)
+
+    depthwise = packing.read(depthwise)
+    y = convolution.depthwise_of(expanded, depthwise["kernel"], stride=stride, lowering=lowering)
+    return activate(y + depthwise["bias"], "relu")

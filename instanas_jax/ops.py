@@ -256,7 +256,7 @@ def apply_op(
     """One path in evaluation mode, its residual included.
 
     Args:
-      weights: `op_weights` of this path.
+      weights: `op_weights` of this path, which `packing` may have left uncut.
       x: [B, S, S, C_in].
 
     Returns:
@@ -265,7 +265,8 @@ def apply_op(
     if op.is_basic:
         y = conv_bias(x, weights["first"], kind="dense", stride=cell.stride, lowering=lowering)
         return conv_bias(y, weights["second"], kind="dense", activation="relu6", lowering=lowering)
-    y = conv_bias(x, weights["expand"], kind="pointwise", lowering=lowering)
-    y = conv_bias(y, weights["depthwise"], kind="depthwise", stride=cell.stride, lowering=lowering)
+    y = layers.expand_depthwise(
+        x, weights["expand"], weights["depthwise"], stride=cell.stride, lowering=lowering
+    )
     y = conv_bias(y, weights["project"], kind="pointwise", activation="none", lowering=lowering)
     return x + y if cell.has_residual else y

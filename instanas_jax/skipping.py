@@ -220,9 +220,7 @@ def _path_programs(
     cell: CellSpec, paths: dict[int, Folded], lowering: convolution.Lowering
 ) -> dict[int, _Path]:
     def program(op: int) -> _Path:
-        return lambda x: ops.apply_op(
-            cell, CANDIDATE_OPS[op], packing.read(paths[op]), x, lowering=lowering
-        )
+        return lambda x: ops.apply_op(cell, CANDIDATE_OPS[op], paths[op], x, lowering=lowering)
 
     return {op: program(op) for op in paths}
 

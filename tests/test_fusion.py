@@ -1,5 +1,7 @@
 """Values made once behind calls, and kernels that need each other."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +40,23 @@ def test_padding_is_behind_a_call():
         )
     program = jax.jit(lambda x: fusion.padded_once(x * 2.0, 1) ** 2).lower(x).compile().as_text()
     assert program.count(" call(") == 1
+
+
+def test_a_call_pads_what_it_makes_without_constants():
+    x, factor = jax.random.normal(jax.random.key(0), (2, 3, 3, 4)), jnp.arange(4.0)
+
+    def of(x: jax.Array, pad: int) -> jax.Array:
+        return fusion.padded_where_made(lambda: jnp.maximum(x * factor, 0.0), pad)
+
+    for pad in (0, 1, 2):
+        expected = fusion.padded(jnp.maximum(x * factor, 0.0), pad)
+        np.testing.assert_array_equal(jax.jit(of, static_argnums=1)(x, pad), expected)
+    program = jax.jit(lambda x: of(x, 1) ** 2).lower(x).compile().as_text()
+    assert program.count(" call(") == 1
+    called = re.search(r" call\(.*to_apply=(%[^,\s]+)", program)
+    assert called is not None
+    body = program[program.index(f"\n{called[1]} ") :].split("\n}")[0]
+    assert body.count(" fusion(") == 1 and " constant(" not in body
 
 
 def test_after_is_the_same_value_and_needs_what_is_known():
