@@ -269,9 +269,9 @@ def _apply_several(
     join: Join,
 ) -> jax.Array:
     """The paths whose bits are set, one after another, joined."""
-    active = (code >> jnp.arange(len(runs))) & 1
+    active = lax.population_count(code).astype(x.dtype)
     # Each path's last loop scales; one over their sum would be a kernel more.
-    scale = ops.join_scale(active.astype(x.dtype), join)
+    scale = ops.join_scale(active[None], join)
 
     def add_next(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         remaining, total = state
