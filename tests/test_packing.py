@@ -13,7 +13,7 @@ WEIGHTS = {
     "bias": RNG.normal(size=(7,)).astype(np.float32),
     "small": [RNG.normal(size=(3, 5)).astype(np.float32) for _ in range(4)],
     "depthwise": RNG.normal(size=(5, 5, 2**9)).astype(np.float32),
-    "large": RNG.normal(size=(2**7, 2**7)).astype(np.float32),
+    "large": RNG.normal(size=(2**8, 2**7)).astype(np.float32),
 }
 
 unpack = jax.jit(lambda packed: packing.read(packed.unpack()))
@@ -35,12 +35,12 @@ def test_matrices_that_every_call_reads_are_arguments():
     """Biases and depthwise kernels are not: loops index the vector."""
     in_branch = {"bias": True, "small": [True, False, True, False], "depthwise": False}
     packed = packing.pack(WEIGHTS, in_branch={**in_branch, "large": False})
-    assert [leaf.shape for leaf in packed.large] == [(2**7, 2**7), (3, 5), (3, 5)]
+    assert [leaf.shape for leaf in packed.large] == [(2**8, 2**7), (3, 5), (3, 5)]
     jax.tree.map(np.testing.assert_array_equal, unpack(packed), WEIGHTS)
 
 
-def test_matrices_of_branches_are_cut_up_to_32_kilobytes():
-    matrices = [np.zeros((2**6, columns), np.float32) for columns in (2**7, 2**7 + 1)]
+def test_matrices_of_branches_are_cut_up_to_64_kilobytes():
+    matrices = [np.zeros((2**6, columns), np.float32) for columns in (2**8, 2**8 + 1)]
     packed = packing.pack(matrices, in_branch=True)
     assert [leaf.shape for leaf in packed.large] == [matrices[1].shape]
 
