@@ -73,12 +73,11 @@ def depthwise(x: jax.Array, kernel: jax.Array, *, stride: int, lowering: Lowerin
 def depthwise_of(
     make: Callable[[], jax.Array], kernel: jax.Array, *, stride: int, lowering: Lowering
 ) -> jax.Array:
-    """`depthwise(make(), kernel)` of a predictor, in fewer kernels; see
-    `fusion.padded_where_made`."""
+    """`depthwise(make(), kernel)` of a predictor, in fewer kernels; see `fusion.in_call`."""
     if lowering == "native":
         return _depthwise_native(make(), kernel, stride)
     pad = kernel.shape[0] // 2
-    padded = fusion.padded_where_made(make, pad)
+    padded = fusion.in_call(lambda: fusion.padded(make(), pad))
     size = tuple(padded_size - 2 * pad for padded_size in padded.shape[1:3])
     return _weighted_taps(padded, kernel, stride, _out_size(size, stride))
 

@@ -36,20 +36,19 @@ def padded(x: jax.Array, pad: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
 
 
-def padded_where_made(make: Callable[[], jax.Array], pad: int) -> jax.Array:
-    """`padded(make(), pad)`, made once: the loop that ends `make` pads as well, within a call that
-    XLA does not look into.
+def in_call(make: Callable[[], jax.Array]) -> jax.Array:
+    """make(), in a call that XLA does not look into: made once, by loops of its own.
 
-    For a predictor, whose kernels and constants are counted: it needs no write of its own, unlike
-    `padded_once`, nor the two constants of that write. Of a constant that a program keeps, XLA's
-    CPU client makes a buffer for each call, on paths that do not run as well: 272 of the 486 that
-    the supernet at width 1 had, which took MobileNetV2's mask a thirtieth of its time. Those that
-    are left stand where two loops of a branch read them; what one reads is part of its code.
+    For predictors, whose kernels and constants are counted. If `make` ends by padding, the loop
+    before pads as well, so nothing need be written again as by `padded_once`. And a constant that
+    one loop reads is part of its code, while of one that two loops of a computation read XLA's CPU
+    client makes a buffer at each call, also on paths that do not run: the supernet at width 1 had
+    486 of them, which took MobileNetV2's mask a thirtieth of its time.
     """
 
     def made() -> jax.Array:
         with xla_metadata.set_xla_metadata(inlineable=None):  # Of this call, not of those inside.
-            return padded(make(), pad)
+            return make()
 
     with xla_metadata.set_xla_metadata(inlineable="false"):
         return jax.jit(made)()

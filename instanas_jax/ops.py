@@ -263,7 +263,13 @@ def apply_op(
       [B, S', S', C_out].
     """
     if op.is_basic:
-        y = conv_bias(x, weights["first"], kind="dense", stride=cell.stride, lowering=lowering)
+
+        def first() -> jax.Array:
+            return conv_bias(
+                x, weights["first"], kind="dense", stride=cell.stride, lowering=lowering
+            )
+
+        y = first() if lowering == "native" else fusion.in_call(first)
         return conv_bias(y, weights["second"], kind="dense", activation="relu6", lowering=lowering)
     y = layers.expand_depthwise(
         x, weights["expand"], weights["depthwise"], stride=cell.stride, lowering=lowering

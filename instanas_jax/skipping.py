@@ -274,13 +274,17 @@ def _apply_several(
     scale = ops.join_scale(active[None], join)
 
     def add_next(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        remaining, total = state
-        lowest_bit = remaining & -remaining
-        path = lax.population_count(lowest_bit - 1)
+        left, total = state
+        # Formulas that share no term, or XLA would compute the term in a kernel of its own.
+        path, rest = 31 - lax.clz(left & -left), left & (left - 1)
         added = lax.switch(
             path, [lambda x, total, run=run: total + scale * run(x) for run in runs], x, total
         )
-        return remaining - lowest_bit, added
+        return rest, added
 
-    nothing = jnp.zeros((x.shape[0], cell.out_size, cell.out_size, cell.out_channels))
-    return lax.while_loop(lambda state: state[0] != 0, add_next, (code, nothing))[1]
+    def goes_on(state: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return lax.population_count(state[0]) > 0
+
+    shape = (x.shape[0], cell.out_size, cell.out_size, cell.out_channels)
+    nothing = jnp.full(shape, 0.0 * active)  # A constant would be a buffer at each call.
+    return lax.while_loop(goes_on, add_next, (code, nothing))[1]

@@ -46,7 +46,7 @@ def test_a_call_pads_what_it_makes_without_constants():
     x, factor = jax.random.normal(jax.random.key(0), (2, 3, 3, 4)), jnp.arange(4.0)
 
     def of(x: jax.Array, pad: int) -> jax.Array:
-        return fusion.padded_where_made(lambda: jnp.maximum(x * factor, 0.0), pad)
+        return fusion.in_call(lambda: fusion.padded(jnp.maximum(x * factor, 0.0), pad))
 
     for pad in (0, 1, 2):
         expected = fusion.padded(jnp.maximum(x * factor, 0.0), pad)
