@@ -2,12 +2,14 @@
 
 python -m benchmarks.skip_speedup --output=benchmarks/results/skip_speedup.json
 
-Every execution answers the same images under the same masks, in turn (A B A B), once on one thread
+Every execution answers the same images under the same masks, in turn (A B B A), once on one thread
 and once on two. `skipping` holds the controller and decides anew for each image;
 `static_controller` is the subnet compiled for its mask, then the controller; `static` the subnet
 alone, and so are the peers. `masked` computes every path. One image is answered in several
 processes, which compile anew, each in another order: where weights and programs happen to lie in
-memory is worth a tenth. Batches are shared out among as many programs as there are threads. With
+memory is worth a tenth. A turn's first calls are not timed: after another network a program takes
+up to 1.15 times as long for some six images, the more of them the more weights and code it has, and
+what is deployed answers many in a row. Batches are shared out among as many programs as there are threads. With
 --workdir a trained variant answers validation images as well, under the masks of its controller.
 """
 
@@ -35,6 +37,10 @@ from instanas_jax.search_space import SupernetSpec
 Times = dict[str, list[float]]  # Milliseconds of calls by name.
 
 _TIMED_CALLS_IN_A_ROW = 5
+# Calls of a turn that bring weights and code back into cache, and turns, of which single images
+# need more and take less than batches.
+_WARMING_IMAGES, _WARMING_BATCHES = 8, 1
+_TURNS_OF_IMAGES = 3
 _THREADS = (1, 2)
 _TRAINED_ARCHITECTURES = 3  # The most frequent of a trained controller.
 
@@ -47,19 +53,23 @@ def _define_flags() -> None:
     flags.DEFINE_integer("num_classes", 100, "Classes of the classifier.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 256, "Images of the batch with one mask each.")
     flags.DEFINE_integer("peer_batch_size", 64, "Images of the batch that peers run as well.")
-    flags.DEFINE_integer("rounds", 5, "Turns of each execution in each process.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 5, "Turns of each batch, a third of each image's in a process.", lower_bound=1)
 
 
-def _time(case: str, calls: dict[str, Call], *, rounds: int) -> Times:
-    """Milliseconds of each call, in turn, a few calls a turn, once all have answered alike."""
+def _time(case: str, calls: dict[str, Call], *, turns: int, warming: int) -> Times:
+    """Milliseconds of each call, in turn, a few calls a turn, once all have answered alike.
+
+    Turns go forth and back, or each execution would always follow the same one.
+    """
     _check_answers(case, calls)
     times: Times = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            jax.block_until_ready(call())  # Its weights come back into cache.
+    for turn in range(turns):
+        for name in list(calls)[:: 1 if turn % 2 == 0 else -1]:
+            for _ in range(warming):
+                jax.block_until_ready(calls[name]())
             for _ in range(_TIMED_CALLS_IN_A_ROW):
                 start = time.perf_counter()
-                jax.block_until_ready(call())
+                jax.block_until_ready(calls[name]())
                 times[name].append((time.perf_counter() - start) * 1e3)
     return times
 
@@ -127,7 +137,9 @@ def _time_one_image(
     times = {}
     for name, subjects, image, mask in tqdm(cases, desc=f"one image, {threads} threads"):
         calls = _one_image(subjects, image, mask, threads, process)
-        times[f"one_image_{name}"] = _time(name, calls, rounds=rounds)
+        times[f"one_image_{name}"] = _time(
+            name, calls, turns=_TURNS_OF_IMAGES * rounds, warming=_WARMING_IMAGES
+        )
     return times
 
 
@@ -191,7 +203,9 @@ def _time_batches(
     if trained[0]:
         cases |= _trained_batch(Subjects.trained(*trained, size), threads)
     progress = tqdm(cases.items(), desc=f"batches, {threads} threads")
-    return {name: _time(name, calls, rounds=rounds) for name, calls in progress}
+    return {
+        name: _time(name, calls, turns=rounds, warming=_WARMING_BATCHES) for name, calls in progress
+    }
 
 
 def _measure(
