@@ -9,8 +9,9 @@ alone, and so are the peers. `masked` computes every path. One image is answered
 processes, which compile anew, each in another order: where weights and programs happen to lie in
 memory is worth a tenth. A turn's first calls are not timed: after another network a program takes
 up to 1.15 times as long for some six images, the more of them the more weights and code it has, and
-what is deployed answers many in a row. Batches are shared out among as many programs as there are threads. With
---workdir a trained variant answers validation images as well, under the masks of its controller.
+what is deployed answers many in a row. Batches are shared out among as many programs as there are
+threads. With --workdir a trained variant answers validation images as well, under the masks of its
+controller.
 """
 
 import functools
@@ -53,7 +54,9 @@ def _define_flags() -> None:
     flags.DEFINE_integer("num_classes", 100, "Classes of the classifier.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 256, "Images of the batch with one mask each.")
     flags.DEFINE_integer("peer_batch_size", 64, "Images of the batch that peers run as well.")
-    flags.DEFINE_integer("rounds", 5, "Turns of each batch, a third of each image's in a process.", lower_bound=1)
+    flags.DEFINE_integer(
+        "rounds", 5, "Turns of each batch; of single images a third of a process's.", lower_bound=1
+    )
 
 
 def _time(case: str, calls: dict[str, Call], *, turns: int, warming: int) -> Times:
