@@ -269,6 +269,7 @@ def apply_op(
                 x, weights["first"], kind="dense", stride=cell.stride, lowering=lowering
             )
 
+        # Or both would read one zero, a constant that a branch keeps.
         y = first() if lowering == "native" else fusion.in_call(first)
         return conv_bias(y, weights["second"], kind="dense", activation="relu6", lowering=lowering)
     y = layers.expand_depthwise(

@@ -282,9 +282,10 @@ def _apply_several(
         )
         return rest, added
 
+    # No constant alone in a loop, here and below: it would be a buffer at each call.
     def goes_on(state: tuple[jax.Array, jax.Array]) -> jax.Array:
         return lax.population_count(state[0]) > 0
 
     shape = (x.shape[0], cell.out_size, cell.out_size, cell.out_channels)
-    nothing = jnp.full(shape, 0.0 * active)  # A constant would be a buffer at each call.
+    nothing = jnp.full(shape, 0.0 * active)
     return lax.while_loop(goes_on, add_next, (code, nothing))[1]
