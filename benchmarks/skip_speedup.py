@@ -15,8 +15,6 @@ controller.
 """
 
 import functools
-import os
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +23,9 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from benchmarks import reporting
+from benchmarks import predictor_memory, reporting, turns
 from benchmarks.subjects import DENSITIES, Call, Subjects
+from benchmarks.turns import Times
 from experiments import flags as flags_lib
 from experiments import timing, trained_run
 from experiments.config import ModelConfig
@@ -35,13 +34,9 @@ from instanas_jax.errors import InputError
 from instanas_jax.policy import Settled
 from instanas_jax.search_space import SupernetSpec
 
-Times = dict[str, list[float]]  # Milliseconds of calls by name.
-
-_TIMED_CALLS_IN_A_ROW = 5
-# Calls of a turn that bring weights and code back into cache, and turns, of which single images
-# need more and take less than batches.
+# Single images need more calls to warm than batches, and can have more turns.
 _WARMING_IMAGES, _WARMING_BATCHES = 8, 1
-_TURNS_OF_IMAGES = 3
+_TURNS_OF_IMAGES_A_ROUND = 3
 _THREADS = (1, 2)
 _TRAINED_ARCHITECTURES = 3  # The most frequent of a trained controller.
 
@@ -59,41 +54,18 @@ def _define_flags() -> None:
     )
 
 
-def _time(case: str, calls: dict[str, Call], *, turns: int, warming: int) -> Times:
-    """Milliseconds of each call, in turn, a few calls a turn, once all have answered alike.
-
-    Turns go forth and back, or each execution would always follow the same one.
-    """
-    _check_answers(case, calls)
-    times: Times = {name: [] for name in calls}
-    for turn in range(turns):
-        for name in list(calls)[:: 1 if turn % 2 == 0 else -1]:
-            for _ in range(warming):
-                jax.block_until_ready(calls[name]())
-            for _ in range(_TIMED_CALLS_IN_A_ROW):
-                start = time.perf_counter()
-                jax.block_until_ready(calls[name]())
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return times
-
-
 def _rows(case: str, times: Times) -> list[dict[str, Any]]:
     """Milliseconds of every execution, and each one's ratio to skipping, turn by turn."""
     rows = [reporting.measurement(f"{case}_{name}", values, "ms") for name, values in times.items()]
-    skipping = _turns(times["skipping"])
+    skipping = turns.medians(times["skipping"])
     rows += [
         reporting.measurement(
-            f"{case}_{name}_over_skipping", (_turns(values) / skipping).tolist(), "ratio"
+            f"{case}_{name}_over_skipping", (turns.medians(values) / skipping).tolist(), "ratio"
         )
         for name, values in times.items()
         if name != "skipping"
     ]
     return rows
-
-
-def _turns(values: list[float]) -> np.ndarray:
-    """Median of each turn."""
-    return np.median(np.reshape(values, (-1, _TIMED_CALLS_IN_A_ROW)), axis=1)
 
 
 def _one_image(
@@ -140,8 +112,9 @@ def _time_one_image(
     times = {}
     for name, subjects, image, mask in tqdm(cases, desc=f"one image, {threads} threads"):
         calls = _one_image(subjects, image, mask, threads, process)
-        times[f"one_image_{name}"] = _time(
-            name, calls, turns=_TURNS_OF_IMAGES * rounds, warming=_WARMING_IMAGES
+        _check_answers(name, calls)
+        times[f"one_image_{name}"] = turns.time_in_turn(
+            calls, turns=_TURNS_OF_IMAGES_A_ROUND * rounds, warming=_WARMING_IMAGES
         )
     return times
 
@@ -205,10 +178,11 @@ def _time_batches(
     cases = _batches(Subjects.random(spec, size), peer_size, threads)
     if trained[0]:
         cases |= _trained_batch(Subjects.trained(*trained, size), threads)
-    progress = tqdm(cases.items(), desc=f"batches, {threads} threads")
-    return {
-        name: _time(name, calls, turns=rounds, warming=_WARMING_BATCHES) for name, calls in progress
-    }
+    times = {}
+    for name, calls in tqdm(cases.items(), desc=f"batches, {threads} threads"):
+        _check_answers(name, calls)
+        times[name] = turns.time_in_turn(calls, turns=rounds, warming=_WARMING_BATCHES)
+    return times
 
 
 def _measure(
@@ -242,40 +216,6 @@ def _check_answers(case: str, calls: dict[str, Call]) -> None:
             raise InputError(f"{case}: {name} answers otherwise than the first execution")
 
 
-def _resident_megabytes() -> float:
-    """Of this process, now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def _bare_jax_megabytes() -> float:
-    jax.block_until_ready(jax.numpy.zeros(1))
-    return _resident_megabytes()
-
-
-def _predictor_megabytes(spec: SupernetSpec) -> float:
-    """With a one-image predictor that has answered, and nothing else."""
-    subjects = Subjects.random(spec, 1)
-    predict, image = subjects.predictor, subjects.images[0]
-    del subjects
-    environment.release_memory()
-    jax.block_until_ready(predict(image))
-    return _resident_megabytes()
-
-
-def _memory(spec: SupernetSpec) -> list[dict[str, Any]]:
-    if not os.path.exists("/proc/self/statm"):
-        print("memory is read from /proc, which this system lacks")
-        return []
-    bare = environment.in_inference_process(_bare_jax_megabytes, threads=1)
-    loaded = environment.in_inference_process(_predictor_megabytes, spec, threads=1)
-    return [
-        reporting.measurement("bare_jax_resident", [bare], "MB"),
-        reporting.measurement("one_image_predictor_resident", [loaded], "MB"),
-        reporting.measurement("one_image_predictor_above_bare_jax", [loaded - bare], "MB"),
-    ]
-
-
 def _run() -> None:
     values = flags.FLAGS
     if not values.output:
@@ -289,7 +229,7 @@ def _run() -> None:
     if values.workdir:
         trained_run.choose_variant(trained_run.open_run(values.workdir), values.variant)
     trained = (values.workdir, values.variant)
-    rows = _memory(spec)
+    rows = predictor_memory.rows(spec)
     for threads in _THREADS:
         rows += _measure(spec, trained, (size, peer_size), values.rounds, threads)
     reporting.write_report(values.output, benchmark="skip_speedup", results=rows)

@@ -221,6 +221,10 @@ def conv_bias(
     """
     folded = packing.read(folded)
     y = _convolve(x, folded["kernel"], kind=kind, stride=stride, lowering=lowering)
+    return _with_bias(y, folded, activation)
+
+
+def _with_bias(y: jax.Array, folded: Folded, activation: Activation) -> jax.Array:
     return activate(y + folded["bias"].astype(y.dtype), activation)
 
 
@@ -238,5 +242,6 @@ def expand_depthwise(
         return conv_bias(x, expand, kind="pointwise", lowering=lowering)
 
     depthwise = packing.read(depthwise)
-    y = convolution.depthwise_of(expanded, depthwise["kernel"], stride=stride, lowering=lowering)
-    return activate(y + depthwise["bias"], "relu")
+    kernel = depthwise["kernel"].astype(x.dtype)
+    y = convolution.depthwise_of(expanded, kernel, stride=stride, lowering=lowering)
+    return _with_bias(y, depthwise, "relu")

@@ -215,3 +215,25 @@ class TestInitialise:
         )
         # Independent float32 draws seldom coincide; shared ones would, thousands of times.
         assert len(np.unique(np.round(values, 5))) > 0.9 * values.size
+
+
+@pytest.mark.parametrize("lowering", ["shifted", "native"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (5, 2)])
+def test_expansion_and_depthwise_in_one_are_both_in_turn(lowering, dtype, kernel, stride):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 7, 6, 3)), dtype)
+    expand, depthwise = (
+        {
+            "kernel": jnp.asarray(rng.normal(size=shape), jnp.float32),
+            "bias": jnp.asarray(rng.normal(size=shape[-1]), jnp.float32),
+        }
+        for shape in ((3, 8), (kernel, kernel, 8))
+    )
+    y = layers.conv_bias(x, expand, kind="pointwise", lowering=lowering)
+    expected = layers.conv_bias(y, depthwise, kind="depthwise", stride=stride, lowering=lowering)
+    found = layers.expand_depthwise(x, expand, depthwise, stride=stride, lowering=lowering)
+    assert found.dtype == dtype
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    as_floats = [np.asarray(array, np.float32) for array in (found, expected)]
+    np.testing.assert_allclose(*as_floats, rtol=tolerance, atol=tolerance)
