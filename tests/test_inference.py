@@ -147,8 +147,8 @@ FEW_KERNELS = 8
 
 
 def computations(program: str) -> list[str]:
-    """The main one of an XLA program, branches, and bodies of loops."""
-    named = re.findall(r"(?:branch_computations=\{[^}]*|body=%\S+(?=,))", program)
+    """The main one of an XLA program, branches, and bodies and conditions of loops."""
+    named = re.findall(r"(?:branch_computations=\{[^}]*|(?:body|condition)=%\S+(?=,))", program)
     names = {name for names in named for name in re.findall(r"%[^\s,]+", names)}
     return ["ENTRY", *(f"{re.escape(name)} " for name in sorted(names))]
 
