@@ -16,6 +16,7 @@ from experiments.workdir import Workdir
 from instanas_jax import (
     controller,
     data,
+    environment,
     metrics,
     parallel,
     policy,
@@ -88,6 +89,7 @@ class Pipeline:
 
     def run(self) -> dict[str, Any]:
         """Runs or resumes every stage, then evaluates; returns the contents of results.json."""
+        self._begin_sitting()
         pretraining, searching = self.planner.pretraining(), self.planner.search()
         baselines = [self.planner.one_op(op) for op in self.config.run.static_ops]
         fresh = self._fresh()
@@ -129,6 +131,7 @@ class Pipeline:
             },
             variants={network.name: network.state for network in variants},
             seconds=seconds,
+            sittings=parallel.from_first(self.workdir.read_sittings),
         )
 
     def pretrained(self) -> TrainState:
@@ -158,6 +161,14 @@ class Pipeline:
             self.spec,
             policy_start=recipe.policy_start(self.spec, self.config.search),
         )
+
+    def _begin_sitting(self) -> None:
+        where = {
+            "device": environment.describe_device(),
+            "devices": parallel.device_count(),
+            "processes": parallel.process_count(),
+        }
+        parallel.from_first(lambda: self.workdir.begin_sitting(where))
 
     def _check_batches(self) -> None:
         for name in ("pretrain", "search", "finetune"):

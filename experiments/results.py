@@ -36,6 +36,7 @@ def collect(
     statics: dict[str, tuple[TrainState, np.ndarray]],
     variants: dict[str, TrainState],
     seconds: dict[str, float],
+    sittings: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Evaluates every network on the test split, under its own policy once and under those of
     `policy_study`, and times it image by image.
@@ -44,6 +45,7 @@ def collect(
       statics: by name, a state and the architecture [L, O] it runs.
       variants: by name, a state.
       seconds: training seconds of each stage.
+      sittings: when and where the run trained.
 
     Returns:
       The contents of results.json.
@@ -102,10 +104,7 @@ def collect(
         "config": config.to_json(),
         "device": environment.describe_device(),
         "timed_on": environment.describe_device(inference_threads=config.run.inference_threads),
-        "trained_on": {
-            "devices": parallel.device_count(),
-            "processes": parallel.process_count(),
-        },
+        "sittings": sittings,
         "versions": environment.describe_versions(),
         "images": {
             "train": len(dataset.train),

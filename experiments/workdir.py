@@ -1,5 +1,6 @@
 """The folder of one run: which files it holds and whose it is."""
 
+import datetime
 import json
 import os
 from pathlib import Path
@@ -22,6 +23,7 @@ class RunFiles:
         self.latency_table = self.path / "latency_table.json"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.sittings = self.path / "sittings.json"
         self.results = self.path / "results.json"
 
     def checkpoints(self, stage: str) -> Path:
@@ -43,6 +45,26 @@ class Workdir(RunFiles):
     def __init__(self, path: str, *, config: Config, flags_text: str):
         super().__init__(path)
         self._claim(config, flags_text)
+
+    def begin_sitting(self, where: dict[str, Any]) -> None:
+        """Notes today's date and where a run goes on: it may have begun on another machine."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        write_json(self.sittings, [*self.read_sittings(), {"date": now, **where}])
+
+    def read_sittings(self) -> list[dict[str, Any]]:
+        """All that were noted, in order; none of runs that began before there were notes."""
+        if not self.sittings.exists():
+            return []
+        try:
+            sittings = json.loads(self.sittings.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self.sittings} cannot be read ({error}): copy it again from where the run was, "
+                "or delete it, and the results will not say where the run trained"
+            ) from error
+        if not isinstance(sittings, list):
+            raise InputError(f"{self.sittings} holds no list of sittings: delete it")
+        return sittings
 
     def _claim(self, config: Config, flags_text: str) -> None:
         try:

@@ -76,8 +76,9 @@ def test_two_processes_train_as_one(tmp_path):
     assert not (tmp_path / "process_1").exists()
     runs = {name: trained_run.open_run(str(tmp_path / name)) for name in ("one", "process_0")}
     results = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in runs}
-    assert results["process_0"]["trained_on"] == {"devices": 4, "processes": 2}
-    assert results["one"]["trained_on"] == {"devices": 4, "processes": 1}
+    for name, processes in (("process_0", 2), ("one", 1)):
+        (sitting,) = results[name]["sittings"]
+        assert (sitting["devices"], sitting["processes"]) == (4, processes)
     one, two = (
         jax.tree.leaves(trained_run.restore_networks(opened, "A")) for opened in runs.values()
     )

@@ -1,6 +1,7 @@
 """The programs that users run: every shipped flagfile, resuming, and mistakes."""
 
 import dataclasses
+import datetime
 import json
 import shutil
 import subprocess
@@ -141,6 +142,9 @@ def test_every_shipped_flagfile_runs_to_its_results(
     trained_run.restore_networks(opened, trained_run.choose_variant(opened))
     # The same command again reads the finished run and trains nothing; it adds the summary of the
     # data set, which runs of older versions lack.
+    (sitting,) = results["sittings"]
+    assert sitting["device"] == results["device"]
+    assert datetime.datetime.fromisoformat(sitting["date"]) <= datetime.datetime.now(datetime.UTC)
     before = (tmp_path / "run/metrics.jsonl").read_text()
     (tmp_path / "run/dataset.json").unlink()
     run._run(name)
@@ -422,6 +426,25 @@ class TestWorkdir:
         path.write_text(json.dumps(values))
         with pytest.raises(InputError, match="does not fit this program .*unheard_of"):
             Workdir(str(tmp_path / "w"), config=self.CONFIG, flags_text="")
+
+    def test_notes_each_sitting(self, tmp_path):
+        workdir = Workdir(str(tmp_path / "w"), config=self.CONFIG, flags_text="")
+        assert workdir.read_sittings() == []
+        workdir.begin_sitting({"devices": 4})
+        Workdir(str(tmp_path / "w"), config=self.CONFIG, flags_text="").begin_sitting(
+            {"devices": 1}
+        )
+        first, second = workdir.read_sittings()
+        assert (first["devices"], second["devices"]) == (4, 1)
+        assert first["date"] <= second["date"]
+
+    @pytest.mark.parametrize(("text", "message"), [("[{", "cannot be read"), ("{}", "no list")])
+    def test_notes_that_are_damaged_are_named(self, tmp_path, text, message):
+        workdir = Workdir(str(tmp_path / "w"), config=self.CONFIG, flags_text="")
+        workdir.sittings.write_text(text)
+        with pytest.raises(InputError, match=f"sittings.json .*{message}"):
+            workdir.begin_sitting({})
+        assert workdir.sittings.read_text() == text
 
     def test_a_strangers_folder_is_refused(self, tmp_path):
         (tmp_path / "thesis.tex").write_text("precious")
