@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -364,6 +365,16 @@ def test_finetuning_over_thresholds_draws_one_an_image():
     np.testing.assert_array_equal(masks[clear], (policy_logits >= thresholds)[clear])
     without, _ = masks_of()
     assert not np.array_equal(masks, without)
+
+
+def test_no_key_is_drawn_for_two_uses():
+    """Of images, steps and stages: augmentation, masks and mixing have keys of their own."""
+    setting, keys = make_setting(None), []
+    for stage, step in itertools.product(("search", "finetune"), (0, 1)):
+        draws = draw_keys(setting, stage, jnp.asarray(step), BATCH)
+        for use in (draws.augment, draws.mask, draws.mix, draws.batch[None]):
+            keys.extend(map(tuple, np.asarray(jax.random.key_data(use))))
+    assert len(set(keys)) == len(keys) == 4 * (3 * BATCH + 1)
 
 
 def test_finetuning_answers_mixed_images_by_mixed_and_smoothed_labels():
