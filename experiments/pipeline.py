@@ -107,7 +107,8 @@ class Pipeline:
                     for name, snapshot in snapshots.items()
                 ]
                 self._compile_ahead(compiler, fresh, [plan for plan, _ in finetunings])
-                statics = [self._finetune(plan, pretrained) for plan in baselines]
+                begin = self._begin_of_statics(pretrained)
+                statics = [self._finetune(plan, begin) for plan in baselines]
                 variants = [self._finetune(plan, state) for plan, state in finetunings]
             finally:
                 compiler.shutdown(wait=False, cancel_futures=True)
@@ -149,11 +150,16 @@ class Pipeline:
         self, name: str, architecture: np.ndarray, pretrained: TrainState
     ) -> TrainState:
         """One architecture [L, O] as the run's static baselines are trained, or resumed."""
-        return self._finetune(self.planner.static(name, architecture), pretrained).state
+        begin = self._begin_of_statics(pretrained)
+        return self._finetune(self.planner.static(name, architecture), begin).state
 
     def train_from_scratch(self, name: str, architecture: np.ndarray) -> TrainState:
         """One architecture [L, O] from fresh weights, without the supernet's pretraining."""
         return self._finetune(self.planner.scratch(name, architecture), self._fresh()).state
+
+    def _begin_of_statics(self, pretrained: TrainState) -> TrainState:
+        """What static networks train from."""
+        return self._fresh() if self.config.finetune.start == "scratch" else pretrained
 
     def _fresh(self) -> TrainState:
         return train_state.create(
@@ -237,7 +243,7 @@ class Pipeline:
             tolerance=section.settle_tolerance,
         )
         state = dataclasses.replace(
-            pretrained if section.start == "pretrain" else snapshot,
+            snapshot if section.start == "search" else self._begin_of_statics(pretrained),
             controller=controller.settle(snapshot.controller, settled),
         )
         return self.planner.variant(name, settled), state

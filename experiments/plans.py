@@ -79,8 +79,9 @@ class Planner:
         return self.static(name, search_space.uniform_architecture(self.setting.spec, op))
 
     def static(self, name: str, architecture: np.ndarray) -> Plan:
-        """A static network [L, O], from the pretrained supernet, with as many images as a variant's
-        weights see after pretraining: in finetuning, and in the search where they come from it."""
+        """A static network [L, O], from the pretrained supernet or, if variants do, from scratch,
+        with as many images as a variant's weights see from there on: in finetuning, and in the
+        search where they come from it."""
         section = dataclasses.replace(self.config.finetune, epochs=self._epochs_after_pretraining())
         return self._finetuning(
             name, policy.Settled.architecture(architecture), section, architecture
@@ -89,7 +90,11 @@ class Planner:
     def scratch(self, name: str, architecture: np.ndarray) -> Plan:
         """A static network [L, O] from fresh weights, with as many images as a variant's weights
         see in all, by the batches, rate, schedule and decay of the pretraining. Mixed and smoothed
-        all along as in finetuning, since it is one training."""
+        all along as in finetuning, since it is one training. Where variants start from scratch as
+        well, like their static baselines."""
+        name = f"scratch_{name}"
+        if self.config.finetune.start == "scratch":
+            return self.static(name, architecture)
         like = self.config.pretrain
         section = dataclasses.replace(
             self.config.finetune,
@@ -100,7 +105,7 @@ class Planner:
             weight_decay=like.weight_decay,
         )
         return self._finetuning(
-            f"scratch_{name}", policy.Settled.architecture(architecture), section, architecture
+            name, policy.Settled.architecture(architecture), section, architecture
         )
 
     def _epochs_after_pretraining(self) -> float:

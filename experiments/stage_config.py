@@ -109,9 +109,10 @@ class FinetuneConfig:
     epochs: float = setting(300.0, "Passes over the images, for each variant.", minimum=0.0)
     start: str = setting(
         "search",
-        "Weights that variants start from: the search's, as published, or the pretrained ones, as "
-        "static baselines do; these then train no longer than variants.",
-        choices=("search", "pretrain"),
+        "Weights that variants start from: the search's, as published; the pretrained ones, as "
+        "static baselines do, which then train no longer than variants; or fresh ones, baselines "
+        "too, of which the supernet then teaches no more than the policy.",
+        choices=("search", "pretrain", "scratch"),
     )
     batch_size: int = setting(256, "Images an update, over all devices.", minimum=1)
     learning_rate: float = setting(1e-3, "Peak rate of SGD with momentum 0.9.", minimum=0.0)

@@ -153,7 +153,7 @@ def test_every_shipped_flagfile_runs_to_its_results(
     assert (tmp_path / "run/metrics.jsonl").read_text() == before
 
 
-@pytest.mark.parametrize("start", ["search", "pretrain"])
+@pytest.mark.parametrize("start", ["search", "pretrain", "scratch"])
 def test_variants_start_from_the_weights_that_are_asked_for(start, tmp_path, fake_data):
     """At a learning rate of 0, what they end with is what they started from; and a search of depth
     ends with its op in the cells that can't be empty."""
@@ -177,10 +177,12 @@ def test_variants_start_from_the_weights_that_are_asked_for(start, tmp_path, fak
     for other, is_trained in (("mbconv_k5_e6", False), (op, True), ("mbconv_k3_e6", True)):
         assert statistics[f"project_{other}"]["mean"].any() == is_trained
     steps, variant = after("finetune_B")  # B is how the search ended.
-    for stage in ("pretrain", "search"):
-        _, state = after(stage)
+    states = {stage: after(stage)[1] for stage in ("pretrain", "search")}
+    key = jax.random.key(opened.config.run.seed)
+    states["scratch"] = train_state.ravel(train_state.create(key, opened.spec))
+    for name, state in states.items():
         same = np.array_equal(state.supernet["params"].vector, variant.supernet["params"].vector)
-        assert same == (stage == start)
+        assert same == (name == start)
     # MobileNetV2 makes up for the search's images where a variant's weights have seen them.
     baseline_steps, _ = after("finetune_mobilenetv2")
     assert (baseline_steps, steps) == ((3, 1) if start == "search" else (1, 1))
