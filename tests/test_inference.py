@@ -385,8 +385,8 @@ class TestPredictors:
         assert [array.shape for array in times.values()] == [(count,), (count,)]
         row = inference._IMAGES_IN_A_ROW
         turns = (range(row), range(row, 2 * row), range(2 * row, count))
-        # Each turn's first image comes twice: untimed, to warm the cache.
-        expected = [image for turn in turns for image in (turn[0], *turn)]
+        # Each turn's images come twice: first untimed, to warm the cache.
+        expected = [image for turn in turns for image in (*turn, *turn)]
         assert [image for name, image in calls if name == "b"] == expected
         names = [name for name, _ in calls]
         changes = sum(first != second for first, second in zip(names, names[1:], strict=False))
