@@ -4,10 +4,11 @@ python -m experiments.mobilenetv2_widths --workdir=W --widths=0.25,0.35,0.5
 
 What a user would do without a search to be faster: train a narrower network. Each width sees as
 many images as a variant's weights did, those of pretraining included, by the pretraining's rate and
-schedule, answers the test split once, and is timed in turn with the variant and the run's own
-MobileNetV2, which began in the supernet. Writes mobilenetv2_widths.json into the run's folder, and
-a folder for each width with its latency table, metrics and checkpoints; the same command again
-resumes the training. The tables are of different moments: compare measured times.
+schedule (by the finetuning's, if variants train from scratch too), answers the test split once, and
+is timed in turn with the variant and the run's own MobileNetV2. Writes mobilenetv2_widths.json into
+the run's folder, and a folder for each width with its latency table, metrics and checkpoints; the
+same command again resumes the training. The tables are of different moments: compare measured
+times.
 """
 
 import dataclasses
