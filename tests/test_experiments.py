@@ -41,6 +41,7 @@ from instanas_jax import (
     environment,
     metrics,
     parallel,
+    policy,
     search_space,
     train_state,
 )
@@ -140,11 +141,11 @@ def test_every_shipped_flagfile_runs_to_its_results(
     assert opened.dataset.class_names == data.load(name, validation_size=1).class_names
     assert trained_run.choose_variant(opened, "A") == "A"
     trained_run.restore_networks(opened, trained_run.choose_variant(opened))
-    # The same command again reads the finished run and trains nothing; it adds the summary of the
-    # data set, which runs of older versions lack.
     (sitting,) = results["sittings"]
     assert sitting["device"] == results["device"]
     assert datetime.datetime.fromisoformat(sitting["date"]) <= datetime.datetime.now(datetime.UTC)
+    # The same command again reads the finished run and trains nothing; it adds the summary of the
+    # data set, which runs of older versions lack.
     before = (tmp_path / "run/metrics.jsonl").read_text()
     (tmp_path / "run/dataset.json").unlink()
     run._run(name)
@@ -184,7 +185,9 @@ def test_variants_start_from_the_weights_that_are_asked_for(start, tmp_path, fak
         same = np.array_equal(state.supernet["params"].vector, variant.supernet["params"].vector)
         assert same == (name == start)
     # MobileNetV2 makes up for the search's images where a variant's weights have seen them.
-    baseline_steps, _ = after("finetune_mobilenetv2")
+    baseline_steps, baseline = after("finetune_mobilenetv2")
+    begun = states["scratch" if start == "scratch" else "pretrain"].supernet["params"].vector
+    np.testing.assert_array_equal(baseline.supernet["params"].vector, begun)
     assert (baseline_steps, steps) == ((3, 1) if start == "search" else (1, 1))
     found = controller.settled(opened.spec, train_state.unravel(variant).controller)
     forced = opened.spec.forced_cells
@@ -301,6 +304,18 @@ def test_what_is_finetuned_mixes_and_smooths_as_told_and_networks_from_scratch_d
         assert targets.min() == pytest.approx(0.1 / setting.spec.num_classes)
         own = np.take_along_axis(targets, batch["label"][:, None], axis=1)
         assert own.min() < 0.8  # By smoothing alone 0.91.
+
+
+def test_networks_from_scratch_train_as_variants_that_do():
+    section = FinetuneConfig(start="scratch", epochs=2.0, batch_size=16, learning_rate=0.3)
+    config = Config("synthetic", pretrain=PretrainConfig(epochs=5.0), finetune=section)
+    setting = make_setting(None)
+    planner = Planner(config, setting, make_table(), images=64)
+    variant = planner.variant("A", policy.Settled.nothing(setting.spec.mask_shape))
+    scratch = planner.scratch("s", search_space.uniform_architecture(setting.spec, 0))
+    assert scratch.section == variant.section == section
+    assert scratch.total_steps == variant.total_steps == 8
+    assert scratch.stage.name == "finetune_scratch_s"
 
 
 def test_batches_that_mix_are_shared_in_pairs():
@@ -430,6 +445,7 @@ class TestWorkdir:
             Workdir(str(tmp_path / "w"), config=self.CONFIG, flags_text="")
 
     def test_notes_each_sitting(self, tmp_path):
+        before = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
         workdir = Workdir(str(tmp_path / "w"), config=self.CONFIG, flags_text="")
         assert workdir.read_sittings() == []
         workdir.begin_sitting({"devices": 4})
@@ -438,7 +454,8 @@ class TestWorkdir:
         )
         first, second = workdir.read_sittings()
         assert (first["devices"], second["devices"]) == (4, 1)
-        assert first["date"] <= second["date"]
+        dates = [datetime.datetime.fromisoformat(sitting["date"]) for sitting in (first, second)]
+        assert before <= dates[0] <= dates[1] <= datetime.datetime.now(datetime.UTC)
 
     @pytest.mark.parametrize(("text", "message"), [("[{", "cannot be read"), ("{}", "no list")])
     def test_notes_that_are_damaged_are_named(self, tmp_path, text, message):
