@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import math
 import string
 from typing import Any
@@ -92,7 +93,7 @@ class Pipeline:
         self._begin_sitting()
         pretraining, searching = self.planner.pretraining(), self.planner.search()
         baselines = [self.planner.one_op(op) for op in self.config.run.static_ops]
-        fresh = self._fresh()
+        fresh = self._fresh
         # What trains later compiles on the cores that what trains now leaves idle; what trains
         # first compiles alone, or it would share them while nothing trains.
         with concurrent.futures.ThreadPoolExecutor(1) as compiler:
@@ -144,7 +145,7 @@ class Pipeline:
                 f"{checkpoints} lacks the pretrained supernet: copy the run's folder whole, or "
                 "repeat the command of the run in another --workdir"
             )
-        return self._pretrain(plan, self._fresh())[0]
+        return self._pretrain(plan, self._fresh)[0]
 
     def train_static(
         self, name: str, architecture: np.ndarray, pretrained: TrainState
@@ -155,12 +156,13 @@ class Pipeline:
 
     def train_from_scratch(self, name: str, architecture: np.ndarray) -> TrainState:
         """One architecture [L, O] from fresh weights, without the supernet's pretraining."""
-        return self._finetune(self.planner.scratch(name, architecture), self._fresh()).state
+        return self._finetune(self.planner.scratch(name, architecture), self._fresh).state
 
     def _begin_of_statics(self, pretrained: TrainState) -> TrainState:
         """What static networks train from."""
-        return self._fresh() if self.config.finetune.start == "scratch" else pretrained
+        return self._fresh if self.config.finetune.start == "scratch" else pretrained
 
+    @functools.cached_property
     def _fresh(self) -> TrainState:
         return train_state.create(
             jax.random.key(self.config.run.seed),

@@ -78,6 +78,7 @@ def tfds_source(
             # A fifth quicker than decoding inside TFDS; threads do not help further.
             images = [np.asarray(decoding.decode(record["image"])) for record in records]
             labels = [int(record["label"]) for record in records]
+            _check_labels(labels, opened.class_names)
             return _image_set(images, labels)
         except Exception as error:
             raise opened.unreadable(error) from error
@@ -197,6 +198,13 @@ def in_memory(name: str, class_names: tuple[str, ...], train: ImageSet, test: Im
         test_size=len(test),
         read=lambda split, indices: splits[split].take(indices),
     )
+
+
+def _check_labels(labels: list[int], class_names: tuple[str, ...]) -> None:
+    # Not to be found out otherwise: such an image would count as of no class, and never be right.
+    strange = [label for label in labels if not 0 <= label < len(class_names)]
+    if strange:
+        raise ValueError(f"label {strange[0]} of an image, but {len(class_names)} class names")
 
 
 def _image_set(images: list[np.ndarray], labels: list[int]) -> ImageSet:

@@ -140,18 +140,32 @@ class TestPreparedSets:
             pytest.skip(f"TFDS_DATA_DIR ({folder}) does not hold cifar100")
         return folder
 
-    def test_truncated_shard_is_an_input_error(self, prepared, tmp_path: pathlib.Path):
+    @pytest.fixture
+    def links(self, prepared, tmp_path: pathlib.Path) -> pathlib.Path:
+        """Links to the files of cifar100, to be replaced one by one, in `tmp_path`."""
         (version,) = (prepared / "cifar100").glob("*/")
-        copy = tmp_path / "cifar100" / version.name
-        copy.mkdir(parents=True)
+        folder = tmp_path / "cifar100" / version.name
+        folder.mkdir(parents=True)
         for file in version.iterdir():
-            (copy / file.name).symlink_to(file)
-        shard = min(copy.glob("*-test.*"))
+            (folder / file.name).symlink_to(file)
+        return folder
+
+    def test_truncated_shard_is_an_input_error(self, links, tmp_path: pathlib.Path):
+        shard = min(links.glob("*-test.*"))
         content = shard.read_bytes()
         shard.unlink()
         shard.write_bytes(content[: len(content) // 2])
         with pytest.raises(InputError, match="cannot be read"):
             data_sources.open_source("cifar100", str(tmp_path)).read("test", np.arange(10))
+
+    def test_label_without_a_name_is_an_input_error(self, links, tmp_path: pathlib.Path):
+        names = links / "label.labels.txt"
+        few = names.read_text().splitlines()[:3]
+        names.unlink()
+        names.write_text("\n".join(few) + "\n")
+        source = data_sources.open_source("cifar100", str(tmp_path))
+        with pytest.raises(InputError, match=r"label \d+ of an image, but 3 class names"):
+            source.read("test", np.arange(100))
 
     def test_cifar100_equals_what_tfds_decodes(self, prepared):
         import tensorflow_datasets as tfds
