@@ -1,6 +1,7 @@
 """What programs share that set other networks beside a finished run's variant."""
 
 import dataclasses
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,10 @@ import numpy as np
 from absl import flags
 
 from experiments import results, timing, trained_run
-from experiments.pipeline import Pipeline
+from experiments.pipeline import Network, Pipeline
 from experiments.trained_run import TrainedRun
-from experiments.workdir import Workdir
-from instanas_jax import data, metrics, search_space
+from experiments.workdir import Workdir, write_json
+from instanas_jax import data, environment, metrics, search_space
 from instanas_jax.train_state import TrainState
 
 
@@ -69,18 +70,24 @@ class Entrant:
       pipeline: of its supernet: who evaluates it, and the latency table.
       state: on the host.
       architecture: [L, O] that it runs; None: what its own controller decides.
+      seconds: that it trained, if it did so by itself; a variant's are in results.json.
     """
 
     pipeline: Pipeline
     state: TrainState
     architecture: np.ndarray | None = None
+    seconds: float | None = None
 
 
 def train_mobilenetv2(pipeline: Pipeline, pretrained: TrainState) -> Entrant:
     """The run's own static baseline, which most runs have trained already."""
     architecture = search_space.uniform_architecture(pipeline.spec, search_space.MOBILENETV2_OP)
-    state = pipeline.train_static("mobilenetv2", architecture, pretrained)
-    return Entrant(pipeline, state, architecture)
+    return of_static(pipeline, pipeline.train_static("mobilenetv2", architecture, pretrained))
+
+
+def of_static(pipeline: Pipeline, network: Network) -> Entrant:
+    """A network of one architecture that the pipeline has trained."""
+    return Entrant(pipeline, network.state, network.architecture, network.seconds)
 
 
 def of_variant(finished: Finished, baseline: Entrant) -> Entrant:
@@ -117,9 +124,30 @@ def rows(entrants: dict[str, Entrant], dataset: data.Dataset) -> list[dict[str, 
             if one.architecture is None
             else results.static_cost(pipeline.spec, one.architecture, pipeline.table)
         )
-        return {"name": name, **accuracies, **cost, **results.timing_fields(measured[name])}
+        trained = {} if one.seconds is None else {"training_seconds": one.seconds}
+        milliseconds = results.timing_fields(measured[name])
+        return {"name": name, **accuracies, **cost, **milliseconds, **trained}
 
     return [row(name, one) for name, one in entrants.items()]
+
+
+def write_report(path: Path, finished: Finished, contents: dict[str, Any]) -> None:
+    """Writes what was found, and before it of which run, when and where it was."""
+    config = finished.run.config
+    threads = config.run.inference_threads
+    write_json(
+        path,
+        {
+            "dataset": finished.dataset.name,
+            "config": config.to_json(),
+            "variant": finished.variant,
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "device": environment.describe_device(),
+            "timed_on": environment.describe_device(inference_threads=threads),
+            "versions": environment.describe_versions(),
+            **contents,
+        },
+    )
 
 
 def print_rows(compared: list[dict[str, Any]]) -> None:

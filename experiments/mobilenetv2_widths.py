@@ -20,7 +20,7 @@ from experiments import flags as flags_lib
 from experiments.comparison import Entrant, Finished
 from experiments.config import ModelConfig, validate_section
 from experiments.pipeline import Pipeline
-from experiments.workdir import Workdir, write_json
+from experiments.workdir import Workdir
 from instanas_jax import metrics, search_space
 from instanas_jax.errors import InputError
 
@@ -55,9 +55,8 @@ def _train(finished: Finished, model: ModelConfig) -> Entrant:
     try:
         pipeline = Pipeline(config, dataset=finished.dataset, workdir=workdir, writer=writer)
         architecture = search_space.uniform_architecture(pipeline.spec, search_space.MOBILENETV2_OP)
-        return Entrant(
-            pipeline, pipeline.train_from_scratch("mobilenetv2", architecture), architecture
-        )
+        network = pipeline.train_from_scratch("mobilenetv2", architecture)
+        return comparison.of_static(pipeline, network)
     finally:
         writer.close()
 
@@ -75,7 +74,7 @@ def _run() -> None:
     entrants["mobilenetv2"] = baseline
     entrants[finished.variant] = comparison.of_variant(finished, baseline)
     compared = comparison.rows(entrants, finished.dataset)
-    write_json(path, {"rows": compared})
+    comparison.write_report(path, finished, {"rows": compared})
     comparison.print_rows(compared)
     print(f"written to {path}")
 

@@ -147,16 +147,14 @@ class Pipeline:
             )
         return self._pretrain(plan, self._fresh)[0]
 
-    def train_static(
-        self, name: str, architecture: np.ndarray, pretrained: TrainState
-    ) -> TrainState:
+    def train_static(self, name: str, architecture: np.ndarray, pretrained: TrainState) -> Network:
         """One architecture [L, O] as the run's static baselines are trained, or resumed."""
         begin = self._begin_of_statics(pretrained)
-        return self._finetune(self.planner.static(name, architecture), begin).state
+        return self._finetune(self.planner.static(name, architecture), begin)
 
-    def train_from_scratch(self, name: str, architecture: np.ndarray) -> TrainState:
+    def train_from_scratch(self, name: str, architecture: np.ndarray) -> Network:
         """One architecture [L, O] from fresh weights, without the supernet's pretraining."""
-        return self._finetune(self.planner.scratch(name, architecture), self._fresh).state
+        return self._finetune(self.planner.scratch(name, architecture), self._fresh)
 
     def _begin_of_statics(self, pretrained: TrainState) -> TrainState:
         """What static networks train from."""

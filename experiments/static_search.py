@@ -21,9 +21,7 @@ from tqdm import tqdm
 
 from experiments import comparison, trained_run
 from experiments import flags as flags_lib
-from experiments.comparison import Entrant
 from experiments.pipeline import Pipeline
-from experiments.workdir import write_json
 from instanas_jax import data, parallel, policy, static_nas
 from instanas_jax.train_state import TrainState
 
@@ -122,13 +120,14 @@ def _run() -> None:
     compared = comparison.rows(
         {
             "mobilenetv2": baseline,
-            "found": Entrant(pipeline, found, architecture),
+            "found": comparison.of_static(pipeline, found),
             finished.variant: comparison.of_variant(finished, baseline),
         },
         finished.dataset,
     )
-    write_json(
+    comparison.write_report(
         path,
+        finished,
         {
             "method": values.method,
             "evaluations": len(evaluated),

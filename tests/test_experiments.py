@@ -241,6 +241,12 @@ def test_a_static_search_answers_beside_the_variant(tmp_path, fake_data, capsys,
     assert variant["test_accuracy"] == row["test_accuracy"]
     assert baseline["test_accuracy"] == written["static"][0]["test_accuracy"]
     assert static["measured_ms"] > 0.0 and 0.0 <= static["test_accuracy"] <= 1.0
+    # Whose results they are, and what they cost.
+    assert (found["config"], found["variant"]) == (written["config"], "A")
+    assert found["device"] == written["device"]
+    assert written["sittings"][0]["date"][:10] <= found["date"]
+    assert baseline["training_seconds"] == written["seconds"]["static"]
+    assert static["training_seconds"] > 0.0 and "training_seconds" not in variant
     assert found["architecture"] in capsys.readouterr().out
     # Again: the same architecture, trained already.
     trained = (path / "static_search_evolution.metrics.jsonl").read_text()
