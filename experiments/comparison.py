@@ -12,7 +12,7 @@ from experiments import results, timing, trained_run
 from experiments.pipeline import Network, Pipeline
 from experiments.trained_run import TrainedRun
 from experiments.workdir import Workdir, write_json
-from instanas_jax import data, environment, metrics, search_space
+from instanas_jax import data, metrics, search_space
 from instanas_jax.train_state import TrainState
 
 
@@ -133,18 +133,12 @@ def rows(entrants: dict[str, Entrant], dataset: data.Dataset) -> list[dict[str, 
 
 def write_report(path: Path, finished: Finished, contents: dict[str, Any]) -> None:
     """Writes what was found, and before it of which run, when and where it was."""
-    config = finished.run.config
-    threads = config.run.inference_threads
     write_json(
         path,
         {
-            "dataset": finished.dataset.name,
-            "config": config.to_json(),
+            **results.describe(finished.run.config, finished.dataset),
             "variant": finished.variant,
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "device": environment.describe_device(),
-            "timed_on": environment.describe_device(inference_threads=threads),
-            "versions": environment.describe_versions(),
             **contents,
         },
     )

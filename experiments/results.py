@@ -100,12 +100,8 @@ def collect(
     bounds = latency.baselines(table, setting.spec)
     return {
         "schema_version": SCHEMA_VERSION,
-        "dataset": dataset.name,
-        "config": config.to_json(),
-        "device": environment.describe_device(),
-        "timed_on": environment.describe_device(inference_threads=config.run.inference_threads),
+        **describe(config, dataset),
         "sittings": sittings,
-        "versions": environment.describe_versions(),
         "images": {
             "train": len(dataset.train),
             "validation": len(dataset.validation),
@@ -154,6 +150,17 @@ def _study(
         )
 
     return parallel.from_first(study)
+
+
+def describe(config: Config, dataset: data.Dataset) -> dict[str, Any]:
+    """What every report says of its run: data, settings, devices and versions."""
+    return {
+        "dataset": dataset.name,
+        "config": config.to_json(),
+        "device": environment.describe_device(),
+        "timed_on": environment.describe_device(inference_threads=config.run.inference_threads),
+        "versions": environment.describe_versions(),
+    }
 
 
 def static_cost(
