@@ -42,9 +42,9 @@ from instanas_jax.search_space import CANDIDATE_OPS, CellSpec, SupernetSpec
 _NETWORKS = 40
 _DENSITIES = (0.05, 0.95)
 _DEPTHS = 10  # Of one network that chooses cells, timed whole as well.
-# Calls after which a static network runs as one that answers image after image: its megabytes are
-# back in the caches, where one call leaves half of what they cost.
-_STATIC_IN_A_ROW = 4
+# Calls in a row of a network that answers image after image. After other programs a second call
+# still takes 1.1 times as long as a ninth, a fifth 1.01 times.
+_STATIC_IN_A_ROW = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +57,22 @@ class _Program:
         return _seconds(functools.partial(self.run, self.weights, self.x))
 
 
-def _seconds(call: Callable[[], Any], *, untimed: int = 1) -> float:
+def _seconds(call: Callable[[], Any]) -> float:
     """Of one call, with the weights in cache, as they are in a network that answers many images:
     all other programs have run since this one's last call."""
-    for _ in range(untimed):
+    return _seconds_in_a_row([call])[0]
+
+
+def _seconds_in_a_row(calls: Sequence[Callable[[], Any]]) -> list[float]:
+    """Of each call, made once before any of them is timed; as `inference.time_in_turn`."""
+    for call in calls:
         jax.block_until_ready(call())
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
+    seconds = []
+    for call in calls:
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def measure(
@@ -103,7 +111,7 @@ def measure_beside(
 
     Args:
       others: masks [N, L, O] for the skipping execution of one image, the controller included.
-      calls: M of anything else.
+      calls: M of one network, which answers them in a row.
 
     Returns:
       The table, and milliseconds [N + M], lower deciles as the table's.
@@ -121,11 +129,10 @@ def measure_beside(
         spec, lowering, jax.random.key(seed), depth_settled
     )
     static, static_idle = whole_networks.static_network(spec, lowering, jax.random.key(seed))
+    depths = [functools.partial(depth, jnp.asarray(mask)) for mask in depth_masks]
     whole: list[Callable[[], Any]] = [
         *(functools.partial(network, jnp.asarray(mask)) for mask in masks),
-        *(functools.partial(depth, jnp.asarray(mask)) for mask in depth_masks),
         *(functools.partial(network, jnp.asarray(mask)) for mask in others),
-        *calls,
     ]
     environment.run_together(
         [program.seconds for program in (*distinct.values(), *empty_calls.values())]
@@ -141,12 +148,16 @@ def measure_beside(
         "all": functools.partial(all_idle, jnp.asarray(masks[0])),
     }
     idle_seconds = {name: np.zeros(rounds) for name in idle}
-    static_seconds = np.zeros(rounds)
+    static_seconds = np.zeros((rounds, _STATIC_IN_A_ROW))
+    depth_seconds = np.zeros((rounds, len(depths)))
+    call_seconds = np.zeros((rounds, len(calls)))
     for done in range(rounds):
         for key, program in distinct.items():
             seconds[key].append(program.seconds())
             overhead[key].append(empty_calls[key].seconds())
-        static_seconds[done] = _seconds(static, untimed=_STATIC_IN_A_ROW)
+        static_seconds[done] = _seconds_in_a_row([static] * _STATIC_IN_A_ROW)
+        depth_seconds[done] = _seconds_in_a_row(depths)
+        call_seconds[done] = _seconds_in_a_row(calls)
         for name, call in idle.items():
             idle_seconds[name][done] = _seconds(call)
         for index, call in enumerate(whole):
@@ -165,7 +176,7 @@ def measure_beside(
     fixed_ms = {name: undisturbed_ms(("fixed", name)) for name in fixed}
     alone_ms = np.array([[undisturbed_ms(key) for key in row] for row in keys])
     whole_ms = _undisturbed(whole_seconds) * 1e3
-    random_ms, depths_ms, others_ms = np.split(whole_ms, np.cumsum((len(masks), _DEPTHS)))
+    random_ms, others_ms = np.split(whole_ms, [len(masks)])
     fitted = whole_networks.fit(
         spec,
         whole_networks.Measured(
@@ -174,8 +185,8 @@ def measure_beside(
             masks=masks,
             random_ms=random_ms,
             depth_masks=depth_masks,
-            depths_ms=depths_ms,
-            static_ms=float(_undisturbed(static_seconds)) * 1e3,
+            depths_ms=_undisturbed(depth_seconds) * 1e3,
+            static_ms=float(_undisturbed(static_seconds.ravel())) * 1e3,
             idle_ms={name: float(_undisturbed(of)) * 1e3 for name, of in idle_seconds.items()},
         ),
     )
@@ -190,7 +201,7 @@ def measure_beside(
         repeats=rounds,
         **fitted,
     )
-    return table, others_ms
+    return table, np.concatenate([others_ms, _undisturbed(call_seconds) * 1e3])
 
 
 def _undisturbed(seconds: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -497,11 +497,11 @@ def test_where_no_cell_is_optional_choosing_costs_nothing():
 def test_other_networks_are_timed_beside_the_table():
     masks = np.stack([np.ones(SPEC.mask_shape), np.zeros(SPEC.mask_shape)])
     called = []
-    table, times_ms = profiling.measure_beside(
-        SPEC, masks.astype(np.float32), [lambda: called.append(1)], rounds=2
-    )
-    assert times_ms.shape == (3,) and (times_ms > 0).all()
-    assert len(called) == 2 * 2  # Once untimed and once timed in each round.
+    calls = [lambda: called.append("a"), lambda: called.append("b")]
+    table, times_ms = profiling.measure_beside(SPEC, masks.astype(np.float32), calls, rounds=2)
+    assert times_ms.shape == (4,) and (times_ms > 0).all()
+    # A row of calls untimed, then timed, in each round.
+    assert called == ["a", "b"] * 2 * 2
     assert set(table.in_network_ms) == set(latency.IN_NETWORK)
 
 
