@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from instanas_jax import decoding, prepared, streaming
+from instanas_jax import decoding, image_sets, prepared, streaming
 from instanas_jax.errors import InputError
 from instanas_jax.image_sets import Images, ImageSet
 
@@ -78,7 +78,7 @@ def tfds_source(
             # A fifth quicker than decoding inside TFDS; threads do not help further.
             images = [np.asarray(decoding.decode(record["image"])) for record in records]
             labels = [int(record["label"]) for record in records]
-            _check_labels(labels, opened.class_names)
+            image_sets.check_labels(labels, num_classes=len(opened.class_names))
             return _image_set(images, labels)
         except Exception as error:
             raise opened.unreadable(error) from error
@@ -106,6 +106,7 @@ def imagenet(data_dir: str | None, *, image_size: int, workers: int) -> Source:
             name=f"{opened.name}, split {splits[split]}",
             records=opened.splits[splits[split]],
             indices=indices,
+            num_classes=len(opened.class_names),
             image_size=image_size,
             workers=workers,
         )
@@ -198,13 +199,6 @@ def in_memory(name: str, class_names: tuple[str, ...], train: ImageSet, test: Im
         test_size=len(test),
         read=lambda split, indices: splits[split].take(indices),
     )
-
-
-def _check_labels(labels: list[int], class_names: tuple[str, ...]) -> None:
-    # Not to be found out otherwise: such an image would count as of no class, and never be right.
-    strange = [label for label in labels if not 0 <= label < len(class_names)]
-    if strange:
-        raise ValueError(f"label {strange[0]} of an image, but {len(class_names)} class names")
 
 
 def _image_set(images: list[np.ndarray], labels: list[int]) -> ImageSet:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import enum
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +20,13 @@ class Stream(enum.IntEnum):
 def generator(seed: int, *stream: int) -> np.random.Generator:
     """Randomness that is a pure function of a seed and what it is for."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=stream))
+
+
+def check_labels(labels: Iterable[int], *, num_classes: int) -> None:
+    """ValueError if an image is of no class: nobody could answer it, and nothing else tells."""
+    strange = [label for label in labels if not 0 <= label < num_classes]
+    if strange:
+        raise ValueError(f"label {strange[0]} of an image, but {num_classes} class names")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,6 +41,7 @@ class StreamedImages:
       records: a sequence with random access that can be pickled; a record's `image` is an encoded
         file, its `label` an integer.
       indices: [N] of the records that make up the split.
+      num_classes: labels are 0 to one less.
       image_size: height, and width, in pixels.
       workers: processes that decode; 0 for threads of this one. Grain's settings are absl flags,
         which it reads before it starts processes: who parses no flags must call
@@ -50,6 +51,7 @@ class StreamedImages:
     name: str
     records: Any
     indices: np.ndarray
+    num_classes: int
     image_size: int
     workers: int = 0
 
@@ -104,6 +106,7 @@ class StreamedImages:
                     box = decoding.random_box(*image.size, image_sets.generator(rows.seed, *crop))
                 images[row] = decoding.scale(image, box, self.image_size)
                 labels[row] = example["label"]
+                image_sets.check_labels([labels[row]], num_classes=self.num_classes)
             except Exception as error:  # Pillow's and TFDS's readers raise many types.
                 raise _undecodable(self.name, record, error) from error
         return ImageSet(images, labels)

@@ -239,6 +239,14 @@ class TestBrokenRecords:
             list(data.train_batches(images, batch_size=8, seed=0, num_steps=1))
         assert "\n" not in str(caught.value)
 
+    def test_a_label_without_a_name_is_told(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(fake_imagenet, "label", lambda number: 1000 if number == 5 else number)
+        fake_imagenet.write(tmp_path, train=8, validation=2)
+        images = load(tmp_path, validation_size=0).train
+        without = BROKEN.replace(".*", "label 1000 of an image, but 1000 class names")
+        with pytest.raises(InputError, match=without):
+            list(data.train_batches(images, batch_size=8, seed=0, num_steps=1))
+
 
 class TestDecoding:
     @pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
