@@ -17,6 +17,7 @@ from instanas_jax import (
     convolution,
     data,
     inference,
+    packing,
     supernet,
 )
 from instanas_jax.policy import Settled
@@ -123,8 +124,12 @@ class Subjects:
 
     def _with_controller(self, settled: Settled) -> Callable[[np.ndarray, np.ndarray], Any]:
         network = self._deploy(settled=settled)
-        run = jax.jit(lambda weights, image, mask: network.under(mask).predict(weights, image))
-        return functools.partial(run, network.weights)
+
+        def run(weights, image, mask):
+            return network.under(mask).predict(weights, image)
+
+        mask = jax.ShapeDtypeStruct(self.spec.mask_shape, np.float32)
+        return packing.compile_with(run, network.weights, self.images[:1], mask)
 
     def _deploy(self, settled: Settled | None = None) -> inference.Network:
         return inference.deploy(self.spec, settled=settled, **self.state)

@@ -153,7 +153,7 @@ def make_static_predictor(
 
 
 def _predictor(network: Network) -> Predict:
-    run = functools.partial(compile_predictor(network), _weights(network))
+    run = compile_predictor(network)
     if not network.settled.everything:
         return run
     architecture = network.settled.on.astype(np.float32)
@@ -161,14 +161,14 @@ def _predictor(network: Network) -> Predict:
     return lambda image: (run(image), architecture)
 
 
-def compile_predictor(network: Network) -> Any:
+def compile_predictor(network: Network) -> functools.partial:
     """The program of one image, compiled now and kept by whoever holds it alone:
     `environment.release_memory` may clear all that compiling left behind.
 
     Returns:
-      Of the weights and an image uint8 [H, W, 3]: class logits [K], and the mask that ran [L, O]
-      unless everything is settled. A mask that is a constant would be one more kernel that needs
-      no other.
+      Of an image uint8 [H, W, 3]: class logits [K], and the mask that ran [L, O] unless everything
+      is settled. A mask that is a constant would be one more kernel that needs no other. As of
+      `packing.compile_with`.
     """
 
     def predict(weights, image):
@@ -179,7 +179,7 @@ def compile_predictor(network: Network) -> Any:
 
     spec = network.spec
     image = jax.ShapeDtypeStruct((spec.image_size, spec.image_size, 3), jnp.uint8)
-    return jax.jit(predict).lower(_weights(network), image).compile()
+    return packing.compile_with(predict, _weights(network), image)
 
 
 def _weights(network: Network) -> dict[str, packing.Packed]:

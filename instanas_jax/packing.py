@@ -6,9 +6,10 @@ arrays; MobileNetV2 at width 0.5 takes 300 us. So small arrays lie in one long v
 the vector itself; matrices are cut out, a copy of 1 to 5 us, which pays inside a branch and nowhere
 else: of a network of few paths, all settled, cutting took a fifth of the time.
 
-They are arguments rather than constants: a program's constants are copied into each of its forms
+Most are arguments rather than constants: a program's constants are copied into each of its forms
 on the way to machine code, a gigabyte at width 1, and programs that share them between branches
-run one at a time, however many threads call.
+run one at a time, however many threads call. But the few megabytes of a narrow network's matrices
+cost less as constants (`compile_with`).
 
 A program that trains holds whole trees as one vector each (`ravel`): its optimizer is three loops
 instead of 930, it is traced in two thirds of the time, and a checkpoint is a few long arrays.
@@ -17,6 +18,7 @@ instead of 930, it is traced in two thirds of the time, and a checkpoint is a fe
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,6 +32,11 @@ Weights = Any  # A pytree of arrays.
 # argument of its own at every call. By 2**14 an undecided network of width 1 takes 0.7 % less time
 # than by 2**13 or 2**15, a narrow one as much; by 2**11 narrow ones take 1 to 3 % more.
 _CUT_UP_TO = 2**14
+
+
+# Bytes of matrices up to which they are constants of a program. CIFAR quick's networks, of 1.5 and
+# 2.3 MB, take 3 to 8 % less time than with arguments; at width 1 an argument less is nothing.
+_CONSTANT_UP_TO = 2**22
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # Equal by identity: compared at every call.
@@ -107,6 +114,32 @@ def ravel(weights: Weights) -> Packed:
     function traced."""
     leaves, structure = jax.tree.flatten(weights)
     return _pack(leaves, structure, (True,) * len(leaves))
+
+
+def compile_with(function: Callable[..., Any], weights: Any, *arguments: Any) -> functools.partial:
+    """Compiles a function of weights and arguments for weights that stay.
+
+    Args:
+      weights: a tree of `Packed`. Their vectors are an argument of the program, because loops index
+        those where they lie; few matrices are constants.
+      arguments: arrays, or shapes of arrays.
+
+    Returns:
+      The function of the arguments alone; as `func` the program, as `args` what it is passed.
+    """
+    packed, structure = jax.tree.flatten(weights, is_leaf=lambda node: isinstance(node, Packed))
+    if sum(matrix.nbytes for pack in packed for matrix in pack.large) > _CONSTANT_UP_TO:
+        return functools.partial(jax.jit(function).lower(weights, *arguments).compile(), weights)
+
+    def run(vectors: list[jax.Array], *arguments: Any) -> Any:
+        whole = [
+            dataclasses.replace(pack, vector=vector)
+            for pack, vector in zip(packed, vectors, strict=True)
+        ]
+        return function(jax.tree.unflatten(structure, whole), *arguments)
+
+    vectors = [pack.vector for pack in packed]
+    return functools.partial(jax.jit(run).lower(vectors, *arguments).compile(), vectors)
 
 
 def _pack(leaves: list[Any], structure: Any, cut: tuple[bool, ...]) -> Packed:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
 
-from instanas_jax import controller, convolution, cost, inference, policy, supernet
+from instanas_jax import controller, convolution, cost, inference, packing, policy, supernet
 from instanas_jax.search_space import MOBILENETV2_OP, SupernetSpec, uniform_architecture
 
 FASTEST_MS = 1e-4  # A row is a time: noise must not make it zero or negative.
@@ -61,13 +61,7 @@ def skipping_network(
         return network.under(mask).predict(weights, image)
 
     mask = jax.ShapeDtypeStruct(spec.mask_shape, jnp.float32)
-    image = _image(spec)
-    compiled = jax.jit(run).lower(network.weights, image, mask).compile()
-    nothing = jax.jit(lambda weights, image, mask: jnp.zeros(()), keep_unused=True)
-    return (
-        functools.partial(compiled, network.weights, image),
-        functools.partial(nothing, network.weights, image),
-    )
+    return _with_idle(packing.compile_with(run, network.weights, _image(spec), mask), _image(spec))
 
 
 def static_network(
@@ -78,10 +72,19 @@ def static_network(
     mask = _mobilenetv2(spec)
     network = _deploy(spec, lowering, key, policy.Settled.architecture(mask))
     weights = {"supernet": network.weights["supernet"]}
-    image = _image(spec)
-    answer = jax.jit(lambda weights, image: network.answer(weights, image, jnp.asarray(mask)))
-    nothing = jax.jit(lambda weights, image: jnp.zeros(()), keep_unused=True)
-    return functools.partial(answer, weights, image), functools.partial(nothing, weights, image)
+
+    def run(weights, image):
+        return network.answer(weights, image, jnp.asarray(mask))
+
+    return _with_idle(packing.compile_with(run, weights, _image(spec)), _image(spec))
+
+
+def _with_idle(
+    program: functools.partial, image: np.ndarray
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A program's answer to an image, and what passes it as many arguments, for nothing."""
+    nothing = jax.jit(lambda *arguments: jnp.zeros(()), keep_unused=True)
+    return functools.partial(program, image), functools.partial(nothing, *program.args, image)
 
 
 def _deploy(

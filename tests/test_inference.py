@@ -213,7 +213,7 @@ def compiled_predictors(controller_kind: str, join: Join) -> dict[str, str]:
             inference.deploy(
                 spec, **state, controller_variables=policy_of, settled=settled, rule=rule
             )
-        )
+        ).func
         for name, settled, rule in (
             ("chooses", chooses, policy.greedy),
             ("limited", chooses, limited(chooses)),

@@ -77,3 +77,22 @@ def test_what_another_process_packed_has_the_same_structure():
     copied = pickle.loads(pickle.dumps(packed))
     assert jax.tree.structure(copied) == jax.tree.structure(packed)
     np.testing.assert_array_equal(copied.arrays()["a"], packed.arrays()["a"])
+
+
+def test_a_program_holds_few_matrices_and_is_passed_many(monkeypatch):
+    """Either way it gives what the function gives."""
+    weights = {"packed": packing.pack(WEIGHTS), "other": packing.pack({"matrix": jnp.eye(5)})}
+    x = jnp.arange(15.0).reshape(3, 5)
+
+    def function(weights, x):
+        tree = packing.read(weights["packed"].unpack())
+        other = packing.read(weights["other"].unpack())
+        return [x @ tree["small"][0].T @ tree["small"][1] @ other["matrix"], tree["bias"] * 2]
+
+    small = packing.compile_with(function, weights, x)
+    monkeypatch.setattr(packing, "_CONSTANT_UP_TO", 4 * WEIGHTS["large"].size)
+    large = packing.compile_with(function, weights, x)
+    assert len(jax.tree.leaves(small.args)) == 2  # The vectors, one of them of no value.
+    assert len(jax.tree.leaves(large.args)) == 2 + 5 + 1
+    for program in (small, large):
+        jax.tree.map(np.testing.assert_array_equal, program(x), jax.jit(function)(weights, x))
