@@ -143,28 +143,23 @@ def fit(spec: SupernetSpec, measured: Measured) -> dict[str, Any]:
     held_ms = path_weights_ms / (measured.alone_ms.size - spec.num_cells)
     call_ms = max(static_idle_ms - held_ms * spec.num_cells, 0.0)
 
+    mobilenetv2_ms = float((_mobilenetv2(spec) * measured.alone_ms).sum())
     ends = ("stem", "head")
-    kernels_ms = float((_mobilenetv2(spec) * measured.alone_ms).sum())
-    kernels_ms += sum(measured.fixed_ms[end] for end in ends)
-    kernels = spec.num_cells + len(ends)
-    own_ms = measured.static_ms - static_idle_ms
-    # No program's own cost is half of the smallest kernel. Where more is missing, the machine was
-    # slower for kernels: rows then shrink in proportion, or small ones would cost nothing.
-    path_ms = max((own_ms - kernels_ms) / kernels, -0.5 * float(measured.alone_ms.min()))
-    scale = own_ms / (kernels_ms + kernels * path_ms)
-
-    def in_static(alone_ms: Any) -> Any:
-        return np.maximum(scale * (alone_ms + path_ms), FASTEST_MS)
-
-    figures = {"call": call_ms, "held": held_ms, "settled_path": path_ms}
-    settled_ms = in_static(measured.alone_ms) + held_ms
+    beyond_ms = measured.static_ms - static_idle_ms - mobilenetv2_ms
+    beyond_ms -= sum(measured.fixed_ms[end] for end in ends)
+    figures = {"call": call_ms, "held": held_ms}
+    figures["settled_path"] = beyond_ms / (spec.num_cells + len(ends))
+    settled_ms = np.maximum(measured.alone_ms + figures["settled_path"], FASTEST_MS) + held_ms
     # Stem, head and controller were programs of their own as well.
-    fixed_ms = {name: float(in_static(ms)) for name, ms in measured.fixed_ms.items()}
+    fixed_ms = {
+        name: max(ms + figures["settled_path"], FASTEST_MS)
+        for name, ms in measured.fixed_ms.items()
+    }
     fixed_ms["controller"] += depth_idle_ms - static_idle_ms
 
-    random_ms = (running_paths(spec, measured.masks) * measured.alone_ms).sum(axis=(1, 2))
+    kernels_ms = (running_paths(spec, measured.masks) * measured.alone_ms).sum(axis=(1, 2))
     every_image_ms = sum(fixed_ms.values()) + static_idle_ms + path_weights_ms
-    figures |= _fit_switching(spec, measured, random_ms + every_image_ms)
+    figures |= _fit_switching(spec, measured, kernels_ms + every_image_ms)
     switching_ms = figures["path"] + figures["megabyte"] * weight_megabytes(spec)
 
     static_ms = (measured.depth_masks * settled_ms).sum(axis=(1, 2))

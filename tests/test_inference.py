@@ -472,31 +472,6 @@ def test_a_fitted_table_gives_the_times_it_was_made_of(path_ms):
     assert predicted_ms == pytest.approx(static_ms, rel=1e-4)
 
 
-def test_kernels_timed_on_a_slower_machine_than_networks_cost_something_all_the_same():
-    """Their rows shrink until MobileNetV2's are what it takes."""
-    spec = preset("px32", num_classes=10)
-    takes_ms = np.random.default_rng(0).uniform(0.01, 0.2, spec.mask_shape)
-    masks = whole_networks.random_masks(spec, 30, densities=(0.05, 0.95), seed=3)
-    depth_masks = whole_networks.depth_masks(spec, 10, seed=0)
-    fixed_ms = dict.fromkeys(("stem", "head", "controller"), 0.1)
-    fields = whole_networks.fit(
-        spec,
-        whole_networks.Measured(
-            alone_ms=2.0 * takes_ms,
-            fixed_ms={name: 2.0 * ms for name, ms in fixed_ms.items()},
-            masks=masks,
-            random_ms=1.0 + (masks * takes_ms).sum(axis=(1, 2)),
-            depth_masks=depth_masks,
-            depths_ms=0.4 + (depth_masks * takes_ms).sum(axis=(1, 2)),
-            static_ms=0.3 + float(takes_ms[:, 0].sum()),
-            idle_ms=dict.fromkeys(("static", "depth", "all"), 0.1),
-        ),
-    )
-    assert (fields["settled_ms"] > 0.5 * takes_ms).all()
-    ends_ms = fields["fixed_ms"]["stem"] + fields["fixed_ms"]["head"]
-    assert fields["settled_ms"][:, 0].sum() + ends_ms == pytest.approx(takes_ms[:, 0].sum() + 0.2)
-
-
 def test_where_no_cell_is_optional_choosing_costs_nothing():
     groups = tuple(dataclasses.replace(group, cells=1) for group in SPEC.groups)
     spec = dataclasses.replace(SPEC, groups=groups)
