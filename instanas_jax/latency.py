@@ -28,7 +28,8 @@ FIXED_PARTS = ("stem", "head", "controller")
 #   that runs, a megabyte of its weights, and a path beyond the cell's first.
 # choice: a cell that runs its one undecided path or nothing; its path runs as in a static network.
 # settled_path: a path of a static network; and stem, head and controller, whose times hold it.
-# `path` and `settled_path` may be less than zero, as a kernel timed alone is a program of its own.
+# `path` and `settled_path` may be less than zero, as a kernel timed alone is a program of its own;
+# as warm as in a network, that costs it little.
 IN_NETWORK = ("call", "held", "switch", "path", "megabyte", "several", "choice", "settled_path")
 _MAY_SAVE = ("path", "settled_path")
 _GRIDS = ("cells_ms", "settled_ms", "spread_ms")  # Fields of shape [L, O].

@@ -1,11 +1,12 @@
 """Measures a latency table: every path, stem, head and controller as compiled kernels.
 
-Each row is the lower decile over interleaved rounds of one jitted call at batch 1, waiting for the
-result inside the timing, compilation outside. (A shared machine changes its speed by 1.4 within
-milliseconds: of 50 runs of a network the median repeated to 2.9 %, the lower decile to 1.4.) A call
-costs the host some microseconds that the whole network pays once, not once a cell, so the time of a
-call that computes nothing, with the same number of arguments, is measured in the same rounds and
-subtracted.
+Each row is the lower decile over interleaved rounds of a jitted call at batch 1, waiting for the
+result inside the timing, compilation outside. In each round the call is made some times untimed, so
+that it is as warm as in a network that answers image after image, then as often timed. (A shared
+machine changes its speed by 1.4 within milliseconds: of 50 runs of a network the median repeated to
+2.9 %, the lower decile to 1.4.) A call costs the host some microseconds that the whole network pays
+once, not once a cell, so the time of a call that computes nothing, with the same number of
+arguments, is measured in the same rounds and subtracted.
 
 In a network a path costs more than its kernels alone: its switch, weights that have left the
 nearest cache, the sum with other paths of its cell. The same rounds time the skipping execution
@@ -42,9 +43,10 @@ from instanas_jax.search_space import CANDIDATE_OPS, CellSpec, SupernetSpec
 _NETWORKS = 40
 _DENSITIES = (0.05, 0.95)
 _DEPTHS = 10  # Of one network that chooses cells, timed whole as well.
-# Calls in a row of a network that answers image after image. After other programs a second call
-# still takes 1.1 times as long as a ninth, a fifth 1.01 times.
-_STATIC_IN_A_ROW = 8
+# Calls in a row, untimed and then timed, of a program as a network that answers image after image
+# runs it. After other programs a network's second call still takes 1.1 times as long as its ninth,
+# and those of MobileNetV2's kernels, each by itself, 1.13 times in all; their ninths sum up to its.
+_IN_A_ROW = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +55,13 @@ class _Program:
     weights: Any
     x: jax.Array
 
-    def seconds(self) -> float:
-        return _seconds(functools.partial(self.run, self.weights, self.x))
+    def __call__(self) -> jax.Array:
+        return self.run(self.weights, self.x)
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    """Of one call, with the weights in cache, as they are in a network that answers many images:
-    all other programs have run since this one's last call."""
-    return _seconds_in_a_row([call])[0]
-
-
-def _seconds_in_a_row(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    """Of each call, made once before any of them is timed; as `inference.time_in_turn`."""
+def _seconds(calls: Sequence[Callable[[], Any]]) -> list[float]:
+    """Of each call, once all have been made untimed, as by `inference.time_in_turn`: other programs
+    have run since they were made before."""
     for call in calls:
         jax.block_until_ready(call())
     seconds = []
@@ -134,12 +131,11 @@ def measure_beside(
         *(functools.partial(network, jnp.asarray(mask)) for mask in masks),
         *(functools.partial(network, jnp.asarray(mask)) for mask in others),
     ]
-    environment.run_together(
-        [program.seconds for program in (*distinct.values(), *empty_calls.values())]
-    )
+    environment.run_together([*distinct.values(), *empty_calls.values()])
 
-    seconds: dict[Any, list[float]] = {key: [] for key in distinct}
-    overhead: dict[Any, list[float]] = {key: [] for key in distinct}
+    shape = (rounds, _IN_A_ROW)
+    seconds = {key: np.zeros(shape) for key in distinct}
+    overhead = {key: np.zeros(shape) for key in distinct}
     whole_seconds = np.zeros((rounds, len(whole)))
     # Calls that compute nothing, by the arguments of these three.
     idle = {
@@ -147,25 +143,25 @@ def measure_beside(
         "depth": functools.partial(depth_idle, jnp.asarray(masks[0])),
         "all": functools.partial(all_idle, jnp.asarray(masks[0])),
     }
-    idle_seconds = {name: np.zeros(rounds) for name in idle}
-    static_seconds = np.zeros((rounds, _STATIC_IN_A_ROW))
+    idle_seconds = {name: np.zeros(shape) for name in idle}
+    static_seconds = np.zeros(shape)
     depth_seconds = np.zeros((rounds, len(depths)))
     call_seconds = np.zeros((rounds, len(calls)))
     for done in range(rounds):
         for key, program in distinct.items():
-            seconds[key].append(program.seconds())
-            overhead[key].append(empty_calls[key].seconds())
-        static_seconds[done] = _seconds_in_a_row([static] * _STATIC_IN_A_ROW)
-        depth_seconds[done] = _seconds_in_a_row(depths)
-        call_seconds[done] = _seconds_in_a_row(calls)
+            seconds[key][done] = _seconds([program] * _IN_A_ROW)
+            overhead[key][done] = _seconds([empty_calls[key]] * _IN_A_ROW)
+        static_seconds[done] = _seconds([static] * _IN_A_ROW)
+        depth_seconds[done] = _seconds(depths)
+        call_seconds[done] = _seconds(calls)
         for name, call in idle.items():
-            idle_seconds[name][done] = _seconds(call)
+            idle_seconds[name][done] = _seconds([call] * _IN_A_ROW)
         for index, call in enumerate(whole):
-            whole_seconds[done, index] = _seconds(call)
+            (whole_seconds[done, index],) = _seconds([call])
         on_round()
 
     def undisturbed_ms(key: Any) -> float:
-        net = _undisturbed(seconds[key]) - _undisturbed(overhead[key])
+        net = _undisturbed(seconds[key].ravel()) - _undisturbed(overhead[key].ravel())
         return max(float(net) * 1e3, whole_networks.FASTEST_MS)
 
     def spread_ms(key: Any) -> float:
@@ -187,7 +183,9 @@ def measure_beside(
             depth_masks=depth_masks,
             depths_ms=_undisturbed(depth_seconds) * 1e3,
             static_ms=float(_undisturbed(static_seconds.ravel())) * 1e3,
-            idle_ms={name: float(_undisturbed(of)) * 1e3 for name, of in idle_seconds.items()},
+            idle_ms={
+                name: float(_undisturbed(of.ravel())) * 1e3 for name, of in idle_seconds.items()
+            },
         ),
     )
     table = LatencyTable(
@@ -204,8 +202,8 @@ def measure_beside(
     return table, np.concatenate([others_ms, _undisturbed(call_seconds) * 1e3])
 
 
-def _undisturbed(seconds: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Of runs [rounds, ...]."""
+def _undisturbed(seconds: np.ndarray) -> np.ndarray:
+    """Of runs [N, ...]."""
     return np.percentile(seconds, 10, axis=0)
 
 
