@@ -167,8 +167,8 @@ def compile_predictor(network: Network) -> functools.partial:
 
     Returns:
       Of an image uint8 [H, W, 3]: class logits [K], and the mask that ran [L, O] unless everything
-      is settled. A mask that is a constant would be one more kernel that needs no other. As of
-      `packing.compile_with`.
+      is settled. A mask that is a constant would be one more kernel that needs no other. Its `func`
+      is the program; see `packing.compile_with`.
     """
 
     def predict(weights, image):

@@ -33,7 +33,6 @@ Weights = Any  # A pytree of arrays.
 # than by 2**13 or 2**15, a narrow one as much; by 2**11 narrow ones take 1 to 3 % more.
 _CUT_UP_TO = 2**14
 
-
 # Bytes of matrices up to which they are constants of a program. CIFAR quick's networks, of 1.5 and
 # 2.3 MB, take 3 to 8 % less time than with arguments; at width 1 an argument less is nothing.
 _CONSTANT_UP_TO = 2**22
@@ -117,11 +116,11 @@ def ravel(weights: Weights) -> Packed:
 
 
 def compile_with(function: Callable[..., Any], weights: Any, *arguments: Any) -> functools.partial:
-    """Compiles a function of weights and arguments for weights that stay.
+    """Compiles a function of weights and other arguments for weights that stay.
 
     Args:
       weights: a tree of `Packed`. Their vectors are an argument of the program, because loops index
-        those where they lie; few matrices are constants.
+        those where they lie; matrices are constants if they take few megabytes in all.
       arguments: arrays, or shapes of arrays.
 
     Returns:
