@@ -17,7 +17,6 @@ from instanas_jax import (
     convolution,
     data,
     inference,
-    packing,
     supernet,
 )
 from instanas_jax.policy import Settled
@@ -123,13 +122,7 @@ class Subjects:
         return self._with_controller(Settled.architecture(architecture))
 
     def _with_controller(self, settled: Settled) -> Callable[[np.ndarray, np.ndarray], Any]:
-        network = self._deploy(settled=settled)
-
-        def run(weights, image, mask):
-            return network.under(mask).predict(weights, image)
-
-        mask = jax.ShapeDtypeStruct(self.spec.mask_shape, np.float32)
-        return packing.compile_with(run, network.weights, self.images[:1], mask)
+        return inference.compile_under_mask(self._deploy(settled=settled))
 
     def _deploy(self, settled: Settled | None = None) -> inference.Network:
         return inference.deploy(self.spec, settled=settled, **self.state)

@@ -182,6 +182,19 @@ def compile_predictor(network: Network) -> functools.partial:
     return packing.compile_with(predict, _weights(network), image)
 
 
+def compile_under_mask(network: Network) -> functools.partial:
+    """As `compile_predictor`, of an image [1, H, W, 3] and a mask [L, O] from outside: class logits
+    [1, K], and the mask [1, L, O]. The controller runs all the same."""
+
+    def predict(weights, image, mask):
+        return network.under(mask).predict(weights, image)
+
+    spec = network.spec
+    image = jax.ShapeDtypeStruct((1, spec.image_size, spec.image_size, 3), jnp.uint8)
+    mask = jax.ShapeDtypeStruct(spec.mask_shape, jnp.float32)
+    return packing.compile_with(predict, network.weights, image, mask)
+
+
 def _weights(network: Network) -> dict[str, packing.Packed]:
     """Without the controller's, where it decides nothing."""
     if network.settled.everything:

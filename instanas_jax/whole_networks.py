@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
 
-from instanas_jax import controller, convolution, cost, inference, packing, policy, supernet
+from instanas_jax import controller, convolution, cost, inference, policy, supernet
 from instanas_jax.search_space import MOBILENETV2_OP, SupernetSpec, uniform_architecture
 
 FASTEST_MS = 1e-4  # A row is a time: noise must not make it zero or negative.
@@ -55,13 +55,8 @@ def skipping_network(
     Args:
       settled: decisions that every mask agrees with; none by default.
     """
-    network = _deploy(spec, lowering, key, settled)
-
-    def run(weights, image, mask):
-        return network.under(mask).predict(weights, image)
-
-    mask = jax.ShapeDtypeStruct(spec.mask_shape, jnp.float32)
-    return _with_idle(packing.compile_with(run, network.weights, _image(spec), mask), _image(spec))
+    program = inference.compile_under_mask(_deploy(spec, lowering, key, settled))
+    return _with_idle(program, _image(spec)[None])
 
 
 def static_network(
@@ -69,14 +64,9 @@ def static_network(
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """MobileNetV2 with random weights, compiled for itself alone; and a call of the same arguments
     that computes nothing."""
-    mask = _mobilenetv2(spec)
-    network = _deploy(spec, lowering, key, policy.Settled.architecture(mask))
-    weights = {"supernet": network.weights["supernet"]}
-
-    def run(weights, image):
-        return network.answer(weights, image, jnp.asarray(mask))
-
-    return _with_idle(packing.compile_with(run, weights, _image(spec)), _image(spec))
+    settled = policy.Settled.architecture(_mobilenetv2(spec))
+    program = inference.compile_predictor(_deploy(spec, lowering, key, settled))
+    return _with_idle(program, _image(spec))
 
 
 def _with_idle(
@@ -106,7 +96,7 @@ def _deploy(
 
 def _image(spec: SupernetSpec) -> np.ndarray:
     """On the host, as images come."""
-    return np.zeros((1, spec.image_size, spec.image_size, 3), np.uint8)
+    return np.zeros((spec.image_size, spec.image_size, 3), np.uint8)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
