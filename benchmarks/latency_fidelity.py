@@ -21,7 +21,6 @@ from benchmarks.subjects import Call, Subjects
 from experiments import flags as flags_lib
 from experiments.config import ModelConfig
 from instanas_jax import environment, latency, profiling, whole_networks
-from instanas_jax.errors import InputError
 from instanas_jax.policy import Settled
 
 _SEED = 1  # The table's own architectures have seed 0.
@@ -31,26 +30,28 @@ _VALIDATION_IMAGES = 1000
 
 def _define_flags() -> None:
     flags_lib.define_section(ModelConfig())
-    flags.DEFINE_string("output", None, "JSON file to write. Required.")
+    flags_lib.define_output()
     flags.DEFINE_string("workdir", "", "A trained run, whose supernet is then the one measured.")
     flags.DEFINE_string("variant", "", "Of the run; empty: its most accurate.")
+    flags.DEFINE_string("data_dir", "", "Folder of TFDS's data sets, for --workdir.")
     flags.DEFINE_integer("num_classes", 100, "Classes of the classifier.", lower_bound=1)
     flags.DEFINE_integer("architectures", 200, "Random architectures.", lower_bound=2)
     flags.DEFINE_integer("images", 50, "Images of the trained variant.", lower_bound=2)
-    flags.DEFINE_integer("rounds", 30, "Timed calls of each network and kernel.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 30, "Timed calls of each network.", lower_bound=1)
     flags.DEFINE_integer("threads", 1, "Threads of one image.", lower_bound=1)
 
 
 def _run() -> None:
     values = flags.FLAGS
-    if not values.output:
-        raise InputError("--output is not set: name the JSON file for the measurements")
+    output = flags_lib.read_output()
     environment.configure_cpu(inference_threads=values.threads)
     spec = flags_lib.read_section(ModelConfig).spec(num_classes=values.num_classes)
     calls: list[Call] = []
     subjects, chosen = None, np.zeros(0)
     if values.workdir:
-        subjects = Subjects.trained(values.workdir, values.variant, _VALIDATION_IMAGES)
+        subjects = Subjects.trained(
+            values.workdir, values.variant, values.data_dir, count=_VALIDATION_IMAGES
+        )
         spec = subjects.spec
         images, chosen = _images_of_many_architectures(subjects, values.images)
         calls += [functools.partial(subjects.predictor, image) for image in images]
@@ -74,19 +75,20 @@ def _run() -> None:
         reporting.measurement(f"in_network_{name}", [value], "ms")
         for name, value in table.in_network_ms.items()
     ]
-    reporting.write_report(values.output, benchmark="latency_fidelity", results=rows)
+    reporting.write_report(output, benchmark="latency_fidelity", results=rows)
     for row in rows:
         print(f"{row['name']}: {row['value']:.4f} {row['unit']}")
 
 
 def _images_of_many_architectures(subjects: Subjects, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Images [N, H, W, 3] and what the controller chooses for them [N, L, O]: one image of each
-    architecture, while there are others, and no more than `count`."""
+    architecture, while there are others, and no more than `count`. Which is a matter of chance, as
+    the order of images is."""
     masks = subjects.decide(subjects.images)
     flattened = masks.reshape(len(masks), -1)
     _, firsts = np.unique(flattened, axis=0, return_index=True)
     others = np.setdiff1d(np.arange(len(masks)), firsts)
-    places = np.concatenate([firsts, others])[:count]
+    places = np.concatenate([np.sort(firsts), others])[:count]
     return subjects.images[places], masks[places]
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import flags
 from scipy import stats
 
 from benchmarks import reporting
@@ -104,14 +103,13 @@ def _check_alike(runs: list[dict[str, Any]], names: list[str]) -> None:
 
 
 def _run(names: list[str]) -> int:
-    if not flags.FLAGS.output:
-        raise InputError("--output is not set: name the JSON file for the figures")
+    output = flags_lib.read_output()
     if not names:
         raise InputError("no run is named: name folders of finished runs after the flags")
     runs = [_read(name) for name in names]
     _check_alike(runs, names)
     rows = summarise(runs)
-    reporting.write_report(flags.FLAGS.output, benchmark="over_seeds", results=rows)
+    reporting.write_report(output, benchmark="over_seeds", results=rows)
     for row in rows:
         reach = "" if row["interval_95"] is None else f" +- {row['interval_95']:.2f}"
         print(f"{row['name']}: {row['mean']:.2f}{reach} {row['unit']}")
@@ -119,7 +117,7 @@ def _run(names: list[str]) -> int:
 
 
 def main() -> None:
-    flags.DEFINE_string("output", None, "JSON file to write. Required.")
+    flags_lib.define_output()
     flags_lib.start_with_arguments(_run)
 
 

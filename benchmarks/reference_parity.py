@@ -21,6 +21,7 @@ from absl import app, flags
 from benchmarks import reference_weights, reporting
 from benchmarks.reference_cases import TOLERANCE, Case, compare_norms, relative_error
 from benchmarks.reference_files import SPECS, Reference, load
+from experiments import flags as flags_lib
 from instanas_jax import (
     controller,
     convolution,
@@ -210,6 +211,8 @@ def _required(flag: flags.FlagHolder[str | None]) -> str:
 def _run() -> list[Case]:
     """Prints and returns every case, and writes them down if a file is named."""
     reference = load(_required(_REFERENCE), _required(_MANIFEST))
+    if _OUTPUT.value:
+        flags_lib.check_output(_OUTPUT.value)
     start = time.monotonic()
     cases = []
     for check in CHECKS:

@@ -78,7 +78,7 @@ class Measured:
 
 def _define_flags() -> None:
     flags_lib.define_section(ModelConfig())
-    flags.DEFINE_string("output", None, "JSON file to write. Required.")
+    flags_lib.define_output()
     flags.DEFINE_integer("num_classes", 100, "Classes of the classifier.", lower_bound=2)
     flags.DEFINE_integer("batch_size", 64, "Images an update, over all devices.", lower_bound=1)
     flags.DEFINE_list("devices", ["1", "2", "4", "8"], "Numbers of devices; the first is 1.")
@@ -90,8 +90,6 @@ def _define_flags() -> None:
 
 def _read_options() -> Options:
     values = flags.FLAGS
-    if not values.output:
-        raise InputError("--output is not set: name the JSON file for the measurements")
     return Options(
         model=flags_lib.read_section(ModelConfig),
         num_classes=values.num_classes,
@@ -246,7 +244,7 @@ def _difference_rows(name: str, params: Params, one: Measured) -> list[dict[str,
 
 
 def _run() -> None:
-    options = _read_options()
+    output, options = flags_lib.read_output(), _read_options()
     counts = _read_counts(options.batch_size)
     backend, available = _in_process_of(None, _find_devices)
     if backend != "cpu":
@@ -260,7 +258,7 @@ def _run() -> None:
         measured = _in_process_of(count, _measure, count, options)
         one = one or measured
         rows += _rows(count, measured, one, options, backend)
-    reporting.write_report(flags.FLAGS.output, benchmark="scaling", results=rows)
+    reporting.write_report(output, benchmark="scaling", results=rows)
     for row in rows:
         print(f"{row['name']}: {row['value']:.4g} {row['unit']}")
 

@@ -38,14 +38,16 @@ from instanas_jax.search_space import SupernetSpec
 _WARMING_IMAGES, _WARMING_BATCHES = 8, 1
 _TURNS_OF_IMAGES_A_ROUND = 3
 _THREADS = (1, 2)
+_Trained = tuple[str, str, str]  # Arguments of `Subjects.trained`; the first is empty for none.
 _TRAINED_ARCHITECTURES = 3  # The most frequent of a trained controller.
 
 
 def _define_flags() -> None:
     flags_lib.define_section(ModelConfig())
-    flags.DEFINE_string("output", None, "JSON file to write. Required.")
+    flags_lib.define_output()
     flags.DEFINE_string("workdir", "", "A trained run to measure as well.")
     flags.DEFINE_string("variant", "", "Of the run; empty: its most accurate.")
+    flags.DEFINE_string("data_dir", "", "Folder of TFDS's data sets, for --workdir.")
     flags.DEFINE_integer("num_classes", 100, "Classes of the classifier.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 256, "Images of the batch with one mask each.")
     flags.DEFINE_integer("peer_batch_size", 64, "Images of the batch that peers run as well.")
@@ -97,13 +99,13 @@ def _trained_images(masks: np.ndarray) -> dict[str, int]:
 
 
 def _time_one_image(
-    spec: SupernetSpec, trained: tuple[str, str], size: int, rounds: int, threads: int, process: int
+    spec: SupernetSpec, trained: _Trained, size: int, rounds: int, threads: int, process: int
 ) -> dict[str, Times]:
     """Times of every case, in an inference process of so many threads."""
     subjects = Subjects.random(spec, 1)
     cases = [(name, subjects, subjects.images, mask) for name, mask in subjects.masks().items()]
     if trained[0]:
-        subjects = Subjects.trained(*trained, size)
+        subjects = Subjects.trained(*trained, count=size)
         masks = subjects.decide(subjects.images)
         cases += [
             (name, subjects, subjects.images[place : place + 1], masks[place])
@@ -168,7 +170,7 @@ def _trained_batch(subjects: Subjects, threads: int) -> dict[str, dict[str, Call
 
 def _time_batches(
     spec: SupernetSpec,
-    trained: tuple[str, str],
+    trained: _Trained,
     sizes: tuple[int, int],
     rounds: int,
     threads: int,
@@ -177,7 +179,7 @@ def _time_batches(
     size, peer_size = sizes
     cases = _batches(Subjects.random(spec, size), peer_size, threads)
     if trained[0]:
-        cases |= _trained_batch(Subjects.trained(*trained, size), threads)
+        cases |= _trained_batch(Subjects.trained(*trained, count=size), threads)
     times = {}
     for name, calls in tqdm(cases.items(), desc=f"batches, {threads} threads"):
         _check_answers(name, calls)
@@ -186,7 +188,7 @@ def _time_batches(
 
 
 def _measure(
-    spec: SupernetSpec, trained: tuple[str, str], sizes: tuple[int, int], rounds: int, threads: int
+    spec: SupernetSpec, trained: _Trained, sizes: tuple[int, int], rounds: int, threads: int
 ) -> list[dict[str, Any]]:
     """All rows of one number of threads."""
     times: dict[str, Times] = {}
@@ -218,8 +220,7 @@ def _check_answers(case: str, calls: dict[str, Call]) -> None:
 
 def _run() -> None:
     values = flags.FLAGS
-    if not values.output:
-        raise InputError("--output is not set: name the JSON file for the measurements")
+    output = flags_lib.read_output()
     spec = flags_lib.read_section(ModelConfig).spec(num_classes=values.num_classes)
     size, peer_size = values.batch_size, values.peer_batch_size
     if not 0 < peer_size <= size:
@@ -228,11 +229,11 @@ def _run() -> None:
         )
     if values.workdir:
         trained_run.choose_variant(trained_run.open_run(values.workdir), values.variant)
-    trained = (values.workdir, values.variant)
+    trained = (values.workdir, values.variant, values.data_dir)
     rows = predictor_memory.rows(spec)
     for threads in _THREADS:
         rows += _measure(spec, trained, (size, peer_size), values.rounds, threads)
-    reporting.write_report(values.output, benchmark="skip_speedup", results=rows)
+    reporting.write_report(output, benchmark="skip_speedup", results=rows)
     for row in rows:
         print(f"{row['name']}: {row['value']:.3f} {row['unit']}")
 

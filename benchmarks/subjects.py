@@ -56,17 +56,21 @@ class Subjects:
         return cls(spec, state, rng.integers(0, 256, shape, dtype=np.uint8))
 
     @classmethod
-    def trained(cls, workdir: str, variant: str, count: int) -> "Subjects":
+    def trained(
+        cls, workdir: str, variant: str = "", data_dir: str = "", *, count: int
+    ) -> "Subjects":
         """A finished variant and validation images of its data set.
 
         Args:
           variant: its name; empty: see `trained_run.choose_variant`.
+          data_dir: folder of the data set; empty: see `data.load`.
+          count: of images, at most.
         """
         run = trained_run.open_run(workdir)
         networks = trained_run.restore_networks(run, trained_run.choose_variant(run, variant))
         dataset = data.load(
             run.dataset.name,
-            data_dir=run.config.data.data_dir or None,
+            data_dir=data_dir or None,
             validation_size=run.config.data.validation_size,
             train_limit=1,
             test_limit=1,

@@ -14,21 +14,19 @@ from absl import flags
 from benchmarks import reporting
 from experiments import flags as flags_lib
 from instanas_jax import search_space, supernet
-from instanas_jax.errors import InputError
 
 LOWERINGS = ("shifted", "native")
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("output", None, "JSON file to write. Required.")
+    flags_lib.define_output()
     flags.DEFINE_integer("batch_size", 64, "Images a forward pass.", lower_bound=1)
     flags.DEFINE_float("width", 1.0, "Width multiplier of the px32 supernet.")
     flags.DEFINE_integer("repeats", 5, "Timed passes of each lowering.", lower_bound=1)
 
 
 def _run() -> None:
-    if not flags.FLAGS.output:
-        raise InputError("--output is not set: name the JSON file for the measurements")
+    output = flags_lib.read_output()
     batch_size = flags.FLAGS.batch_size
     spec = search_space.preset("px32", num_classes=100, width=flags.FLAGS.width)
     folded = jax.jit(supernet.fold)(supernet.init(jax.random.key(0), spec))
@@ -59,7 +57,7 @@ def _run() -> None:
         for lowering, times in seconds.items()
     ]
     rows.append(reporting.measurement(f"{name}_native_over_shifted", list(ratios), "ratio"))
-    reporting.write_report(flags.FLAGS.output, benchmark="supernet_forward", results=rows)
+    reporting.write_report(output, benchmark="supernet_forward", results=rows)
     for row in rows:
         print(f"{row['name']}: {row['median']:.3f} {row['unit']}")
 

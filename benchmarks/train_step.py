@@ -49,7 +49,7 @@ from instanas_jax.errors import InputError
 
 def _define_flags() -> None:
     flags_lib.define_section(ModelConfig())
-    flags.DEFINE_string("output", None, "JSON file to write. Required.")
+    flags_lib.define_output()
     flags.DEFINE_integer("num_classes", 100, "Classes of the classifier.", lower_bound=2)
     flags.DEFINE_integer("batch_size", 64, "Images an update, over all devices.", lower_bound=1)
     flags.DEFINE_integer("repeats", 7, "Timed updates of ours and of PyTorch.", lower_bound=1)
@@ -75,8 +75,6 @@ def _define_flags() -> None:
 
 def _read_options() -> step_rows.Options:
     values: Any = flags.FLAGS
-    if not values.output:
-        raise InputError("--output is not set: name the JSON file for the measurements")
     for flag, choices in (("stages", stage_programs.KINDS), ("peers", step_rows.PEERS)):
         for name in getattr(values, flag):
             if name not in choices:
@@ -96,11 +94,11 @@ def _read_options() -> step_rows.Options:
 def _run() -> None:
     # PyTorch lives in the same accelerator's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    bench = step_rows.Bench(_read_options())
+    output, bench = flags_lib.read_output(), step_rows.Bench(_read_options())
     rows = list(bench.ceiling_rows)
     for kind in tqdm(flags.FLAGS.stages, desc="stages", unit="stage"):
         rows += bench.measure(kind)
-    reporting.write_report(flags.FLAGS.output, benchmark="train_step", results=rows)
+    reporting.write_report(output, benchmark="train_step", results=rows)
     for row in rows:
         print(f"{row['name']}: {row['value']:.4g} {row['unit']}")
 

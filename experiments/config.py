@@ -131,7 +131,9 @@ class RunConfig:
         "Compute cells again for their gradient: less memory, more time in training. For "
         "accelerators; XLA for CPUs finds the repeated part and drops it.",
     )
-    profile_rounds: int = setting(50, "Timed calls of each path in the table.", minimum=1)
+    profile_rounds: int = setting(
+        50, "Rounds of the latency table, each with eight timed calls of every path.", minimum=1
+    )
     timed_images: int = setting(200, "Test images on which measured_ms is timed.", minimum=1)
     eval_epochs: float = setting(
         1.0, "Passes between validation, with a checkpoint each time.", minimum=1e-6

@@ -7,6 +7,7 @@ back into a configuration; `start` runs a program and prints a user's mistake as
 import dataclasses
 import io
 import os
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -116,6 +117,35 @@ def read_section(kind: type, *, prefix: str = "") -> Any:
     section = kind(**values)
     config_lib.validate_section(section, prefix=prefix)
     return section
+
+
+def define_output() -> None:
+    """Defines the flag of programs that write one file."""
+    flags.DEFINE_string("output", None, "JSON file to write. Required.")
+
+
+def read_output() -> pathlib.Path:
+    """The file of `--output`. Ask before the work; see `check_output`."""
+    if not flags.FLAGS.output:
+        raise InputError("--output is not set: name the JSON file for what is found")
+    return check_output(flags.FLAGS.output)
+
+
+def check_output(name: str) -> pathlib.Path:
+    """A file that can be written, whose folder is made; InputError if it can't be."""
+    path = pathlib.Path(name)
+    if os.path.isdir(path):
+        raise InputError(f"--output={name} is a folder: name a JSON file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise InputError(
+            f"--output={name} cannot be written ({error.strerror}): name another file"
+        ) from error
+    return path
 
 
 def as_flagfile() -> str:

@@ -3,24 +3,17 @@
 python -m experiments.profile --output=latency_table.json
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from experiments import flags as flags_lib
 from experiments import timing
 from experiments.config import ModelConfig, RunConfig
 from instanas_jax import environment, latency
-from instanas_jax.errors import InputError
 
 
 def _measure() -> None:
     model, run = flags_lib.read_section(ModelConfig), flags_lib.read_section(RunConfig)
-    output = Path(flags.FLAGS.output or "")
-    if not flags.FLAGS.output:
-        raise InputError("--output is not set: name the JSON file for the table")
-    if not output.parent.is_dir():
-        raise InputError(f"--output={output}: the folder {output.parent} does not exist: make it")
+    output = flags_lib.read_output()
     spec = model.spec(num_classes=flags.FLAGS.num_classes)
     environment.configure_cpu(inference_threads=run.inference_threads)
     table = timing.profile(spec, run.profile_rounds)
@@ -38,7 +31,7 @@ def main() -> None:
     flags_lib.define_section(ModelConfig())
     flags_lib.define_section(RunConfig(), names=("profile_rounds", "inference_threads"))
     flags.DEFINE_integer("num_classes", 100, "Classes of the classifier.")
-    flags.DEFINE_string("output", None, "Where to write the table. Required.")
+    flags_lib.define_output()
     flags_lib.start(_measure)
 
 

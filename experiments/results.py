@@ -1,7 +1,9 @@
 """results.json and the table on the terminal. With `policy_study`, which it calls, and
 `comparison`, the only reader of the test split; nothing is chosen by it."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from instanas_jax import (
     policy,
     search_space,
 )
+from instanas_jax.errors import InputError
 from instanas_jax.stage import Setting
 from instanas_jax.train_state import TrainState
 
@@ -232,6 +235,17 @@ def format_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def read_table(path: Path) -> str:
+    """`format_table` of a results.json; InputError if it can't be read."""
+    try:
+        return format_table(json.loads(path.read_text()))
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read ({error!r}): delete it and repeat the command, which evaluates "
+            "the run's networks again"
+        ) from error
+
+
 def _of_other_policies(row: dict[str, Any]) -> list[str]:
     """Test accuracies of a variant's network under policies that do not look at the image."""
     if "shuffled_accuracy" not in row:
@@ -244,6 +258,6 @@ def _front(row: dict[str, Any]) -> str:
     """One line of what a variant's network does under other latency budgets."""
     points = [
         f"{point['table_ms']:.3f} ms {100 * point['test_accuracy']:.2f} %"
-        for point in row["budget"]["front"]
+        for point in row.get("budget", {}).get("front", ())  # Which older results lack.
     ]
     return f"{row['name']} by --latency_budget_ms: {', '.join(points)}" if points else ""

@@ -1,7 +1,5 @@
 """From flags to results: what every data set's program does."""
 
-import json
-
 from absl import flags
 
 from experiments import dataset_summary, results
@@ -44,7 +42,7 @@ def _run(dataset_name: str) -> None:
     if parallel.from_first(workdir.results.exists):
         if parallel.is_first():
             print(f"{workdir.results} is complete; the run's table again:")
-            print(results.format_table(json.loads(workdir.results.read_text())))
+            print(results.read_table(workdir.results))
         return
     pipeline = Pipeline(
         config,

@@ -13,13 +13,12 @@ every cell's input and output.
 
 import concurrent.futures
 import math
-import os
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
-from instanas_jax import inference
+from instanas_jax import environment, inference
 from instanas_jax.errors import InputError
 
 CHUNK = 8
@@ -33,13 +32,15 @@ class BatchPredictor:
 
     Args:
       network: from `inference.deploy`.
-      threads: programs at a time; as many as there are processors by default. XLA's own pool
+      threads: programs at a time; as many as the process has processors by default. XLA's own pool
         should have as many (`environment.configure_cpu`), or programs wait for each other.
     """
 
     def __init__(self, network: inference.Network, *, threads: int | None = None):
         self.network = network
-        self._threads = concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count())
+        self._threads = concurrent.futures.ThreadPoolExecutor(
+            threads or environment.usable_processors()
+        )
         decide, answer = jax.jit(network.decide), jax.jit(network.answer)
         weights = network.weights
         self._decide: _Program = lambda images, _: decide(weights, images)

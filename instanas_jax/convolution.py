@@ -49,11 +49,37 @@ def dense(x: jax.Array, kernel: jax.Array, *, stride: int, lowering: Lowering) -
     out_size = _out_size(x.shape[1:3], stride)
     is_small = max(out_size) <= _WINDOWS_UP_TO_SIZE and kernel.size >= _WINDOWS_FROM_KERNEL
     pays = is_small or x.shape[-1] <= _WINDOWS_UP_TO_CHANNELS
-    if lowering == "native" or not pays:
+    if lowering == "native":
         return _native(x, kernel, stride, groups=1)
+    if not pays:
+        return _dense_native(x, kernel, stride)
     taps = _taps(fusion.padded(x, kernel.shape[0] // 2), kernel.shape[0], stride, out_size)
     windows = jnp.concatenate(list(taps), axis=-1)  # [B, H', W', k * k * C_in]
     return _pointwise_product(windows, kernel.reshape(-1, kernel.shape[-1]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dense_native(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """As `_native`, whose kernel's gradient XLA takes for a convolution by a window as large as the
+    map: 24 channels, 64 images of 32 pixels, in 42 ms, by a product for each tap in 13."""
+    return _native(x, kernel, stride, groups=1)
+
+
+def _dense_forward(x, kernel, stride):
+    return _dense_native(x, kernel, stride), (x, kernel)
+
+
+def _dense_backward(stride, residuals, gradient):
+    x, kernel = residuals
+    size = kernel.shape[0]
+    pull_back = jax.linear_transpose(lambda x: _native(x, kernel, stride, groups=1), x)
+    taps = _taps(fusion.padded(x, size // 2), size, stride, gradient.shape[1:3])
+    parts = in_parts(gradient)
+    kernel_gradient = [parts_kernel_gradient(in_parts(tap), parts) for tap in taps]
+    return *pull_back(gradient), jnp.stack(kernel_gradient).reshape(kernel.shape)
+
+
+_dense_native.defvjp(_dense_forward, _dense_backward)
 
 
 def pointwise(x: jax.Array, kernel: jax.Array, *, lowering: Lowering) -> jax.Array:

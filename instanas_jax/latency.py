@@ -49,7 +49,7 @@ class LatencyTable:
     cells_ms: np.ndarray  # [L, O], in a cell that switches: "path" and "megabyte" are in here.
     settled_ms: np.ndarray  # [L, O], in other cells: "settled_path" and "held" are in here.
     spread_ms: np.ndarray  # [L, O], interquartile range of the timed runs.
-    repeats: int
+    repeats: int  # Timed calls of each path.
     in_network_ms: dict[str, float]  # One entry for each of `IN_NETWORK`.
 
     @property
@@ -187,8 +187,11 @@ def save(table: LatencyTable, path: str | os.PathLike[str]) -> None:
         values[name] = np.round(values[name], 6).tolist()
     text = json.dumps({"schema_version": SCHEMA_VERSION, **values}, indent=1)
     temporary = Path(f"{path}.partial")
-    temporary.write_text(text + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(
@@ -258,18 +261,28 @@ def _parse(path: str | os.PathLike[str]) -> LatencyTable:
                 f"{SCHEMA_VERSION}: measure it anew"
             )
         grids = {name: np.asarray(values[name], np.float64) for name in _GRIDS}
-        values |= grids
-        table = LatencyTable(**values)
+        sums = {
+            name: {part: float(time) for part, time in dict(values[name]).items()}
+            for name in ("fixed_ms", "in_network_ms")
+        }
+        device = dict(values["device"])
+        table = LatencyTable(**{**values, **grids, **sums, "device": device})
         complete = set(table.fixed_ms) == set(FIXED_PARTS)
         complete &= set(table.in_network_ms) == set(IN_NETWORK)
         cells = sum(group[1] for group in table.spec["groups"])
+        ops = len(table.spec["ops"])
     except InputError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"latency table {path} lacks or misstates a field ({error}): measure it anew"
         ) from None
-    shape = (cells, len(table.spec["ops"]))
+    if table.batch_size != 1:
+        raise InputError(
+            f"latency table {path} is of batches of {table.batch_size} images, this program "
+            "reads those of one: measure it anew"
+        )
+    shape = (cells, ops)
     if {grid.shape for grid in grids.values()} != {shape} or not complete:
         shapes = ", ".join(f"{name} {list(grid.shape)}" for name, grid in grids.items())
         raise InputError(

@@ -83,9 +83,9 @@ def measure(
     """Times every path of a supernet with random weights on the default device.
 
     Args:
-      rounds: timed calls of each path.
+      rounds: in each, every path is called `_IN_A_ROW` times untimed, then as often timed.
       lowering: of convolutions; the default device's own if None.
-      seed: of weights and inputs, on which no time depends.
+      seed: of weights and inputs, on which no time depends, and of the networks that `fit` reads.
       on_round: called after each round, for a progress bar.
     """
     none = np.zeros((0, *spec.mask_shape), np.float32)
@@ -156,8 +156,7 @@ def measure_beside(
         call_seconds[done] = _seconds(calls)
         for name, call in idle.items():
             idle_seconds[name][done] = _seconds([call] * _IN_A_ROW)
-        for index, call in enumerate(whole):
-            (whole_seconds[done, index],) = _seconds([call])
+        whole_seconds[done] = _seconds(whole)
         on_round()
 
     def undisturbed_ms(key: Any) -> float:
@@ -196,7 +195,7 @@ def measure_beside(
         batch_size=1,
         dtype="float32",
         spread_ms=np.array([[spread_ms(key) for key in row] for row in keys]),
-        repeats=rounds,
+        repeats=rounds * _IN_A_ROW,
         **fitted,
     )
     return table, np.concatenate([others_ms, _undisturbed(call_seconds) * 1e3])
@@ -259,12 +258,6 @@ def _path_program(cell: CellSpec, op: int, lowering: convolution.Lowering):
     return run_path
 
 
-@jax.jit(keep_unused=True)
-def _return_bias(weights, x):
-    del weights
-    return jnp.zeros(())
-
-
 def _empty_call(program: _Program) -> _Program:
     """The same arguments, nothing computed."""
-    return dataclasses.replace(program, run=_return_bias)
+    return dataclasses.replace(program, run=whole_networks.compute_nothing)

@@ -73,8 +73,15 @@ def _with_idle(
     program: functools.partial, image: np.ndarray
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """A program's answer to an image, and what passes it as many arguments, for nothing."""
-    nothing = jax.jit(lambda *arguments: jnp.zeros(()), keep_unused=True)
-    return functools.partial(program, image), functools.partial(nothing, *program.args, image)
+    idle = functools.partial(compute_nothing, *program.args, image)
+    return functools.partial(program, image), idle
+
+
+@functools.partial(jax.jit, keep_unused=True)
+def compute_nothing(*arguments: Any) -> jax.Array:
+    """What it costs to call a program of these arguments."""
+    del arguments
+    return jnp.zeros(())
 
 
 def _deploy(

@@ -164,6 +164,19 @@ def test_dense_as_a_product_of_windows_equals_the_native_one(size, channels, ker
     assert_close(output_and_gradients(shifted, x, kernel), output_and_gradients(native, x, kernel))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(9, 6), (64, 32)])  # Positions in one part, and in several.
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+def test_gradient_of_a_dense_kernel_by_taps_equals_the_native_one(size, stride, kernel_size):
+    x = 0.1 * random_array(2, *size, 6, seed=0)
+    kernel = random_array(kernel_size, kernel_size, 6, 5, seed=1)
+    shifted = functools.partial(convolution.dense, stride=stride, lowering="shifted")
+    native = functools.partial(convolution.dense, stride=stride, lowering="native")
+    text = jax.jit(jax.grad(lambda x, k: jnp.sum(shifted(x, k)), 1)).lower(x, kernel).as_text()
+    assert text.count("stablehlo.convolution") <= 1  # The forward one, or one with itself compared.
+    assert_close(output_and_gradients(shifted, x, kernel), output_and_gradients(native, x, kernel))
+
+
 def test_padding_of_a_depthwise_loop_is_made_outside_of_it():
     """Behind calls, the input's and the gradient's; inside, it would run once a tap."""
 

@@ -29,6 +29,7 @@ from experiments import (
     trained_run,
 )
 from experiments import flags as flags_lib
+from experiments import results as results_lib
 from experiments.config import Config, DataConfig, ModelConfig, RunConfig, validate_section
 from experiments.plans import Planner
 from experiments.stage_config import FinetuneConfig, PretrainConfig
@@ -641,3 +642,31 @@ def test_a_bound_that_no_architecture_meets_is_warned_of(upper_bound_end, warnin
     recipe.search_stage(make_setting(None), section, make_table(), total_steps=4, epoch_steps=2)
     assert len(caplog.messages) == warnings
     assert all("--search_upper_bound_end" in message for message in caplog.messages)
+
+
+NETWORK = {
+    "name": "A",
+    "test_accuracy": 0.5,
+    "validation_accuracy": 0.25,
+    "table_ms": 0.1,
+    "measured_ms": 0.2,
+    "flops": 1e6,
+}
+
+
+def test_results_of_before_budgets_are_a_table(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"static": [NETWORK], "variants": [NETWORK | {"measured_ms": 0.1}]}))
+    *_, baseline, variant = results_lib.read_table(path).splitlines()
+    assert "50.00 %" in baseline and "+0 %" in baseline and "+50 %" in variant
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"static": []}', '{"static": [{}], "variants": []}', '{"static": 3}']
+)
+def test_damaged_results_are_one_line(tmp_path, text):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        results_lib.read_table(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)

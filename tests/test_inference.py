@@ -356,6 +356,20 @@ class TestPredictors:
         )
         assert relative_error(predict(self.images()[0])[0], expected[0]) < 1e-4
 
+    def test_a_mask_from_outside_is_the_one_that_runs(self):
+        """Whatever the controller, which runs all the same, thinks of it."""
+        controller_variables = self.controller_that_tells_images_apart()
+        own = np.asarray(policy.greedy(self.policy_logits(controller_variables)))[0]
+        network = inference.deploy(SPEC, controller_variables=controller_variables, **self.COMMON)
+        run = inference.compile_under_mask(network)
+        for mask in (1.0 - own, own, np.zeros_like(own)):
+            class_logits, ran = run(self.images()[:1], mask)
+            np.testing.assert_array_equal(ran, mask[None])
+            expected = supernet.apply_eval(
+                SPEC, FOLDED, self.normalised()[:1], mask[None], lowering="native"
+            )
+            assert relative_error(class_logits, expected) < 1e-4
+
     def test_a_predictor_outlives_what_compiling_left_behind(self):
         predict = self.predictor(self.controller_that_tells_images_apart())
         image = self.images()[0]
@@ -398,7 +412,17 @@ def test_a_measured_table_is_complete_and_positive():
     assert table.cells_ms.shape == table.settled_ms.shape == SPEC.mask_shape
     assert (table.settled_ms > 0).all()
     assert (table.cells_ms > 0).all() and all(time > 0 for time in table.fixed_ms.values())
-    assert table.repeats == 2 and table.batch_size == 1
+    assert table.repeats == 2 * profiling._IN_A_ROW and table.batch_size == 1
+
+
+@pytest.mark.parametrize("settled", [None, whole_networks.depth_settled(SPEC)])
+def test_a_whole_network_of_the_table_runs_the_mask_it_is_given(settled):
+    run, idle = whole_networks.skipping_network(SPEC, "shifted", jax.random.key(0), settled)
+    for mask in whole_networks.depth_masks(SPEC, 3, seed=5):
+        np.testing.assert_array_equal(run(jnp.asarray(mask))[1], mask[None])
+    # What a call costs depends on its arrays: the same, the image among them.
+    assert len(jax.tree.leaves(idle.args)) == len(jax.tree.leaves(run.args)) > 1
+    assert idle(jnp.asarray(mask)) == 0.0
 
 
 def test_depth_masks_choose_cells_of_mobilenetv2():
@@ -494,14 +518,24 @@ def test_where_no_cell_is_optional_choosing_costs_nothing():
     assert fields["in_network_ms"]["choice"] == 0.0
 
 
-def test_other_networks_are_timed_beside_the_table():
+def test_other_networks_are_timed_beside_the_table(monkeypatch):
     masks = np.stack([np.ones(SPEC.mask_shape), np.zeros(SPEC.mask_shape)])
-    called = []
+    called, rows, seconds = [], [], profiling._seconds
+    monkeypatch.setattr(
+        profiling, "_seconds", lambda calls: rows.append(list(calls)) or seconds(calls)
+    )
     calls = [lambda: called.append("a"), lambda: called.append("b")]
     table, times_ms = profiling.measure_beside(SPEC, masks.astype(np.float32), calls, rounds=2)
     assert times_ms.shape == (4,) and (times_ms > 0).all()
     # A row of calls untimed, then timed, in each round.
     assert called == ["a", "b"] * 2 * 2
+    # Kernels and calls that compute nothing are timed alone, as warm as networks; networks in rows
+    # of their masks or images.
+    alone, networks = [], []
+    for row in rows:
+        (alone if all(call is row[0] for call in row) else networks).append(len(row))
+    assert set(alone) == {profiling._IN_A_ROW}
+    assert sorted(networks) == 2 * [2] + 2 * [profiling._DEPTHS] + 2 * [profiling._NETWORKS + 2]
     assert set(table.in_network_ms) == set(latency.IN_NETWORK)
 
 
