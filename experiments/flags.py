@@ -5,6 +5,7 @@ back into a configuration; `start` runs a program and prints a user's mistake as
 """
 
 import dataclasses
+import errno
 import io
 import os
 import pathlib
@@ -17,6 +18,9 @@ from absl import app, flags, logging
 from experiments import config as config_lib
 from instanas_jax import environment, parallel
 from instanas_jax.errors import InputError
+
+# Not of the program but of where it writes.
+_DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
 
 _DEFINERS = {
     bool: flags.DEFINE_bool,
@@ -93,6 +97,9 @@ def join_processes() -> None:
         raise InputError(
             f"--num_processes={count} needs --coordinator=HOST:PORT, where process 0 is reached"
         )
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isdigit()):
+        raise InputError(f"--coordinator={coordinator}: give HOST:PORT, where process 0 is reached")
     parallel.initialise(coordinator=coordinator, num_processes=count, process_id=process)
 
 
@@ -190,14 +197,35 @@ def start_with_arguments(main: Callable[[list[str]], int]) -> None:
         except BrokenPipeError:  # Whoever read the output has left.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            name = error.filename or "a file"
+            print(
+                f"error: {name} cannot be used ({error.strerror}): make room or check permissions, "
+                "and repeat the command",
+                file=sys.stderr,
+            )
+            sys.exit(2)
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _show_all_flags() -> None:
+    """Makes --help show what this project defines, wherever, as the program's own."""
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        if module.split(".")[0] in ("experiments", "benchmarks"):
+            for flag in defined:
+                flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
 def _parse(arguments: list[str]) -> list[str]:
     """Program's name and what is no flag; a mistake ends the program as in `start`."""
     try:
+        _show_all_flags()
         return flags.FLAGS(arguments)
+    except SystemExit:  # Of a flag such as --help, which has shown what it was asked for.
+        sys.exit(0)
     except flags.Error as error:
         print(f"error: {' '.join(str(error).split())}: see --help", file=sys.stderr)
         sys.exit(2)

@@ -64,13 +64,8 @@ class Pipeline:
         self.dataset = dataset
         self.workdir = workdir
         self.spec = config.model.spec(num_classes=dataset.num_classes)
-        if dataset.image_size != self.spec.image_size:
-            raise InputError(
-                f"--preset={self.spec.name} reads images of {self.spec.image_size} pixels, "
-                f"{dataset.name} has {dataset.image_size}: choose another preset"
-            )
+        recipe.check_data(config, dataset)
         self.setting = recipe.make_setting(config, self.spec, dataset)
-        self._check_batches()
         self.table = parallel.from_first(
             lambda: timing.table_of_run(
                 config.run, self.spec, workdir, path=table_path, allow_foreign=allow_foreign_table
@@ -175,14 +170,6 @@ class Pipeline:
             "processes": parallel.process_count(),
         }
         parallel.from_first(lambda: self.workdir.begin_sitting(where))
-
-    def _check_batches(self) -> None:
-        for name in ("pretrain", "search", "finetune"):
-            batch_size = getattr(self.config, name).batch_size
-            # Networks from scratch mix in batches of the pretraining's size (`plans`).
-            mixes = name != "search" and self.config.finetune.cut_mix > 0.0
-            parallel.check_batch_size(batch_size, flag=f"{name}_batch_size", in_pairs=mixes)
-            data.steps_per_epoch(len(self.dataset.train), batch_size)
 
     def _compile_ahead(
         self, compiler: concurrent.futures.Executor, state: TrainState, plans: list[Plan]

@@ -17,10 +17,31 @@ from instanas_jax import (
     search_space,
     stages,
 )
+from instanas_jax.errors import InputError
 from instanas_jax.search_space import SupernetSpec
 from instanas_jax.stage import Setting, Stage
 
 _START_OP_KEEP = 0.6  # Greedy masks begin with the start op, samples often without it.
+
+
+def check_data(config: Config, dataset: data.Dataset) -> None:
+    """InputError unless networks and batches of the configuration are for such images and devices.
+
+    Ask before a run claims its folder, or the mended command finds another run's there.
+    """
+    preset, images = config.model, len(dataset.train)
+    if dataset.image_size != preset.image_size:
+        raise InputError(
+            f"--preset={preset.preset} reads images of {preset.image_size} pixels, "
+            f"{dataset.name} has {dataset.image_size}: choose another preset"
+        )
+    for name in ("pretrain", "search", "finetune"):
+        flag, batch_size = f"{name}_batch_size", getattr(config, name).batch_size
+        # Networks from scratch mix in batches of the pretraining's size (`plans`).
+        mixes = name != "search" and config.finetune.cut_mix > 0.0
+        parallel.check_batch_size(batch_size, flag=flag, in_pairs=mixes)
+        if batch_size > images:
+            raise InputError(f"--{flag}={batch_size}, but {images} images train: choose fewer")
 
 
 def make_setting(

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from experiments import dataset_summary, results
+from experiments import dataset_summary, recipe, results
 from experiments import flags as flags_lib
 from experiments.config import Config
 from experiments.pipeline import Pipeline
@@ -28,6 +28,7 @@ def _run(dataset_name: str) -> None:
         image_size=config.model.image_size,
         workers=config.data.data_workers,
     )
+    recipe.check_data(config, dataset)
 
     def open_workdir() -> Workdir:
         workdir = Workdir(
@@ -41,8 +42,8 @@ def _run(dataset_name: str) -> None:
     workdir = parallel.from_first(open_workdir)
     if parallel.from_first(workdir.results.exists):
         if parallel.is_first():
-            print(f"{workdir.results} is complete; the run's table again:")
-            print(results.read_table(workdir.results))
+            table = results.read_table(workdir.results)
+            print(f"{workdir.results} is complete; the run's table again:\n{table}")
         return
     pipeline = Pipeline(
         config,

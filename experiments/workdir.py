@@ -72,7 +72,10 @@ class Workdir(RunFiles):
                 there = self._parse(json.loads(self.config.read_text()))
                 _check_same(self.path, there.to_json(), config.to_json())
                 return
-            if self.path.exists() and any(self.path.iterdir()):
+            # A run that was stopped here before may have left the first of its files.
+            names = {file.name for file in self.path.iterdir()} if self.path.exists() else set()
+            first = {"flags.txt", "versions.json"}
+            if any(name not in first and not name.endswith(".partial") for name in names):
                 raise InputError(
                     f"--workdir={self.path} holds files but no config.json, so it is not a run's "
                     "folder: name an empty or a new one"
@@ -126,8 +129,11 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: Any) -> None:

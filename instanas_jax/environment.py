@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ _ARENAS_TO_TRAIN = 2
 # Where single images are answered, what compiling leaves in a shared arena is searched by every
 # call, up to 100 us of it.
 _ARENAS_TO_INFER = 8
+_END_WITH_PARENT = 1  # PR_SET_PDEATHSIG, from <sys/prctl.h>.
 # Threads of XLA's own pool; read when the backend starts.
 _POOL_VARIABLE = "NPROC"
 # The C library where it is glibc, whose options and functions of its own are used here.
@@ -125,9 +127,16 @@ def in_inference_process(function: Callable[..., Result], *arguments: Any, threa
     with concurrent.futures.ProcessPoolExecutor(
         1,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=functools.partial(configure_cpu, inference_threads=threads),
+        initializer=functools.partial(_begin_inference_process, threads),
     ) as process:
         return process.submit(function, *arguments).result()
+
+
+def _begin_inference_process(threads: int) -> None:
+    # A process that is killed cannot end those it started, which would time on for nobody.
+    if _libc is not None and hasattr(_libc, "prctl"):
+        _libc.prctl(_END_WITH_PARENT, signal.SIGKILL)
+    configure_cpu(inference_threads=threads)
 
 
 def _keep_freed_memory(*, arenas: int) -> None:

@@ -50,6 +50,11 @@ def initialise(
             coordinator, num_processes, process_id, initialization_timeout=timeout_seconds
         )
     except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError.
+        if num_processes is None:
+            raise InputError(
+                "no cluster is found (Slurm, Open MPI, Kubernetes, TPU pods): give every process "
+                "--num_processes, --coordinator and a --process_id of its own"
+            ) from error
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"process {process_id} of {num_processes} cannot join {coordinator} ({reason}): give "

@@ -1,0 +1,124 @@
+"""Programs as a user starts them: help, mistakes, and what is left when one is stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments.config import Config
+from experiments.workdir import Workdir
+from instanas_jax.errors import InputError
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("experiments.digits", ("workdir", "search_epochs", "width", "compile_cache")),
+        ("experiments.static_search", ("workdir", "variant", "method")),
+        ("experiments.profile", ("output", "profile_rounds", "width")),
+        ("benchmarks.over_seeds", ("output",)),
+    ],
+)
+def test_help_shows_every_flag_of_the_program(module, names):
+    finished = run("-m", module, "--help")
+    assert finished.returncode == 0
+    for name in names:
+        assert f"--{name}:" in finished.stdout or f"--[no]{name}:" in finished.stdout
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--pretrain_batch_size=100000", "--pretrain_batch_size=100000"),
+        ("--preset=px64", "choose another preset"),
+    ],
+)
+def test_a_mistake_leaves_no_folder_that_the_mended_command_would_find(tmp_path, flag, message):
+    workdir = tmp_path / "run"
+    finished = run("-m", "experiments.digits", f"--workdir={workdir}", flag)
+    assert finished.returncode == 2
+    assert message in finished.stderr and finished.stderr.count("\n") == 1
+    assert not workdir.exists()
+
+
+def test_a_folder_that_a_run_had_begun_to_make_is_its_own(tmp_path):
+    config = Config("digits")
+    (tmp_path / "flags.txt").write_text("--seed=1\n")
+    (tmp_path / "versions.json.partial").touch()
+    Workdir(str(tmp_path), config=config, flags_text="--seed=0")
+    assert (tmp_path / "flags.txt").read_text() == "--seed=0\n"
+    (tmp_path / "config.json").rename(tmp_path / "letters.json")
+    with pytest.raises(InputError, match="not a run's folder"):
+        Workdir(str(tmp_path), config=config, flags_text="")
+
+
+def test_a_full_disk_is_one_line():
+    raising = "OSError(28, 'No space left on device', 'run/metrics.jsonl')"
+    finished = run(
+        "-c",
+        f"from experiments import flags\ndef main():\n    raise {raising}\nflags.start(main)",
+    )
+    assert finished.returncode == 2 and finished.stderr.count("\n") == 1
+    assert "run/metrics.jsonl" in finished.stderr and "No space left" in finished.stderr
+
+
+def test_an_address_without_a_port_is_one_line(tmp_path):
+    finished = run(
+        "-m",
+        "experiments.digits",
+        f"--workdir={tmp_path / 'run'}",
+        "--num_processes=2",
+        "--coordinator=host",
+    )
+    assert finished.returncode == 2
+    assert finished.stderr == (
+        "error: --coordinator=host: give HOST:PORT, where process 0 is reached\n"
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such signal")
+def test_an_inference_process_ends_with_the_one_that_is_killed(tmp_path):
+    note = tmp_path / "pid"
+    command = f"import os, time; open({str(note)!r}, 'w').write(str(os.getppid())); time.sleep(30)"
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import subprocess, sys\n"
+        "from instanas_jax import environment\n"
+        "if __name__ == '__main__':\n"
+        f"    arguments = [sys.executable, '-c', {command!r}]\n"
+        "    environment.in_inference_process(subprocess.run, arguments, threads=1)\n"
+    )
+    parent = subprocess.Popen([sys.executable, str(script)])
+    try:
+        _wait_until(lambda: note.exists() and note.read_text() != "")
+        child = int(note.read_text())
+        os.kill(child, 0)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        _wait_until(lambda: not _is_running(child))
+    finally:
+        parent.kill()
+
+
+def _wait_until(is_true, *, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
