@@ -1,6 +1,7 @@
 """Programs as a user starts them: help, mistakes, and what is left when one is stopped."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -97,7 +98,10 @@ def test_an_inference_process_ends_with_the_one_that_is_killed(tmp_path):
         f"    arguments = [sys.executable, '-c', {command!r}]\n"
         "    environment.in_inference_process(subprocess.run, arguments, threads=1)\n"
     )
-    parent = subprocess.Popen([sys.executable, str(script)])
+    root = pathlib.Path(__file__).parent.parent
+    parent = subprocess.Popen(
+        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(root)}
+    )
     try:
         _wait_until(lambda: note.exists() and note.read_text() != "")
         child = int(note.read_text())
