@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from instanas_jax import environment
+from instanas_jax import environment, files
 
 SCHEMA_VERSION = 1
 _STARTED = time.perf_counter()
@@ -67,12 +67,7 @@ def write_report(
     }
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    files.write_text(target, json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
 def describe_command(benchmark: str, arguments: Sequence[str]) -> str:

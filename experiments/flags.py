@@ -16,7 +16,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from experiments import config as config_lib
-from instanas_jax import environment, parallel
+from instanas_jax import environment, files, parallel
 from instanas_jax.errors import InputError
 
 # Not of the program but of where it writes.
@@ -145,7 +145,7 @@ def check_output(name: str) -> pathlib.Path:
         raise InputError(f"--output={name} is a folder: name a JSON file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        trial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        trial = files.partial_of(path)
         trial.touch()
         trial.unlink()
     except OSError as error:

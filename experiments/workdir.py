@@ -2,12 +2,11 @@
 
 import datetime
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from experiments.config import Config
-from instanas_jax import environment
+from instanas_jax import environment, files
 from instanas_jax.errors import InputError
 
 
@@ -81,7 +80,7 @@ class Workdir(RunFiles):
                     "folder: name an empty or a new one"
                 )
             self.path.mkdir(parents=True, exist_ok=True)
-            write_text(self.path / "flags.txt", flags_text + "\n")
+            files.write_text(self.path / "flags.txt", flags_text + "\n")
             write_json(self.path / "versions.json", environment.describe_versions())
             write_json(self.config, config.to_json())
         except ValueError as error:
@@ -126,15 +125,5 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_json(path: Path, values: Any) -> None:
-    write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
+    files.write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")

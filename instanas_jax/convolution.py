@@ -7,7 +7,8 @@ have fast native kernels for all three. Hence two lowerings, chosen by `default_
 caller:
 
   shifted   depthwise as k*k shifted multiply-adds, pointwise as a matrix product, dense as a
-            matrix product where the map is small or the channels are few (CPU)
+            matrix product where the map is small or the channels are few; elsewhere the gradient
+            of its kernel alone, a product for each shift (CPU)
   native    `lax.conv_general_dilated` for all (accelerators, and the reference in tests); on GPUs
             with room around depthwise maps that need it
 
@@ -52,34 +53,32 @@ def dense(x: jax.Array, kernel: jax.Array, *, stride: int, lowering: Lowering) -
     if lowering == "native":
         return _native(x, kernel, stride, groups=1)
     if not pays:
-        return _dense_native(x, kernel, stride)
-    taps = _taps(fusion.padded(x, kernel.shape[0] // 2), kernel.shape[0], stride, out_size)
-    windows = jnp.concatenate(list(taps), axis=-1)  # [B, H', W', k * k * C_in]
+        return _dense_shifted(x, kernel, stride)
+    taps = list(_padded_taps(x, kernel.shape[0], stride))
+    windows = jnp.concatenate(taps, axis=-1)  # [B, H', W', k * k * C_in]
     return _pointwise_product(windows, kernel.reshape(-1, kernel.shape[-1]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dense_native(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+def _dense_shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """As `_native`, whose kernel's gradient XLA takes for a convolution by a window as large as the
     map: 24 channels, 64 images of 32 pixels, in 42 ms, by a product for each tap in 13."""
     return _native(x, kernel, stride, groups=1)
 
 
 def _dense_forward(x, kernel, stride):
-    return _dense_native(x, kernel, stride), (x, kernel)
+    return _dense_shifted(x, kernel, stride), (x, kernel)
 
 
 def _dense_backward(stride, residuals, gradient):
     x, kernel = residuals
-    size = kernel.shape[0]
     pull_back = jax.linear_transpose(lambda x: _native(x, kernel, stride, groups=1), x)
-    taps = _taps(fusion.padded(x, size // 2), size, stride, gradient.shape[1:3])
-    parts = in_parts(gradient)
+    taps, parts = _padded_taps(x, kernel.shape[0], stride), in_parts(gradient)
     kernel_gradient = [parts_kernel_gradient(in_parts(tap), parts) for tap in taps]
     return *pull_back(gradient), jnp.stack(kernel_gradient).reshape(kernel.shape)
 
 
-_dense_native.defvjp(_dense_forward, _dense_backward)
+_dense_shifted.defvjp(_dense_forward, _dense_backward)
 
 
 def pointwise(x: jax.Array, kernel: jax.Array, *, lowering: Lowering) -> jax.Array:
@@ -202,6 +201,12 @@ def _taps(padded: jax.Array, kernel_size: int, stride: int, out_size: tuple[int,
                 padded.shape[-1],
             )
             yield lax.slice(padded, start, stop, strides)
+
+
+def _padded_taps(x: jax.Array, kernel_size: int, stride: int):
+    """As `_taps`, of a map that is not padded yet."""
+    padded = fusion.padded(x, kernel_size // 2)
+    return _taps(padded, kernel_size, stride, _out_size(x.shape[1:3], stride))
 
 
 def _weighted_taps(padded: jax.Array, kernel: jax.Array, stride: int, out_size) -> jax.Array:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instanas_jax import policy
+from instanas_jax import files, policy
 from instanas_jax.errors import InputError
 from instanas_jax.search_space import MOBILENETV2_OP, SupernetSpec, uniform_architecture
 
@@ -186,12 +186,7 @@ def save(table: LatencyTable, path: str | os.PathLike[str]) -> None:
     for name in _GRIDS:
         values[name] = np.round(values[name], 6).tolist()
     text = json.dumps({"schema_version": SCHEMA_VERSION, **values}, indent=1)
-    temporary = Path(f"{path}.partial")
-    try:
-        temporary.write_text(text + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_text(path, text + "\n")
 
 
 def load(

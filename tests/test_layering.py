@@ -12,6 +12,7 @@ ROOT = pathlib.Path(instanas_jax.__file__).parent
 LAYERS = {
     1: {
         "errors",
+        "files",
         "search_space",
         "cost",
         "policy",
