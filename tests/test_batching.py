@@ -4,7 +4,15 @@ import jax
 import numpy as np
 import pytest
 
-from instanas_jax import augment, batching, controller, inference, policy, supernet
+from instanas_jax import (
+    augment,
+    batching,
+    controller,
+    environment,
+    inference,
+    policy,
+    supernet,
+)
 from instanas_jax.errors import InputError
 from instanas_jax.search_space import preset
 from tests.networks import as_if_trained
@@ -105,6 +113,13 @@ def test_a_settled_policy_answers_without_its_controller():
     class_logits, masks = make(settled)(IMAGES)
     assert (masks == architecture).all()
     assert relative_errors(class_logits, masked(IMAGES, masks)).max() < 1e-4
+
+
+def test_as_many_programs_run_as_the_process_has_processors(monkeypatch):
+    """Not as the machine has, whose others XLA's pool does not use either."""
+    monkeypatch.setattr(environment, "usable_processors", lambda: 3)
+    assert batching.BatchPredictor(PREDICTOR.network)._threads._max_workers == 3
+    assert batching.BatchPredictor(PREDICTOR.network, threads=5)._threads._max_workers == 5
 
 
 def test_no_image_is_no_answer():
