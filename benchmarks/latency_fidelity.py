@@ -19,7 +19,7 @@ from tqdm import tqdm
 from benchmarks import reporting
 from benchmarks.subjects import Call, Subjects
 from experiments import flags as flags_lib
-from experiments.config import ModelConfig
+from experiments.config import DataConfig, ModelConfig
 from instanas_jax import environment, latency, profiling, whole_networks
 from instanas_jax.policy import Settled
 
@@ -33,7 +33,7 @@ def _define_flags() -> None:
     flags_lib.define_output()
     flags.DEFINE_string("workdir", "", "A trained run, whose supernet is then the one measured.")
     flags.DEFINE_string("variant", "", "Of the run; empty: its most accurate.")
-    flags.DEFINE_string("data_dir", "", "Folder of TFDS's data sets, for --workdir.")
+    flags_lib.define_section(DataConfig(), names=("data_dir",))
     flags.DEFINE_integer("num_classes", 100, "Classes of the classifier.", lower_bound=1)
     flags.DEFINE_integer("architectures", 200, "Random architectures.", lower_bound=2)
     flags.DEFINE_integer("images", 50, "Images of the trained variant.", lower_bound=2)

@@ -70,6 +70,8 @@ def _interval(values: list[float]) -> tuple[float, float | None]:
 
 def _read(workdir: str) -> dict[str, Any]:
     path = Path(workdir) / "results.json"
+    if not path.exists():
+        raise InputError(f"{path} does not exist: name folders of finished runs")
     try:
         results = json.loads(path.read_text())
         figures(results)

@@ -28,7 +28,7 @@ from benchmarks.subjects import DENSITIES, Call, Subjects
 from benchmarks.turns import Times
 from experiments import flags as flags_lib
 from experiments import timing, trained_run
-from experiments.config import ModelConfig
+from experiments.config import DataConfig, ModelConfig
 from instanas_jax import environment
 from instanas_jax.errors import InputError
 from instanas_jax.policy import Settled
@@ -47,7 +47,7 @@ def _define_flags() -> None:
     flags_lib.define_output()
     flags.DEFINE_string("workdir", "", "A trained run to measure as well.")
     flags.DEFINE_string("variant", "", "Of the run; empty: its most accurate.")
-    flags.DEFINE_string("data_dir", "", "Folder of TFDS's data sets, for --workdir.")
+    flags_lib.define_section(DataConfig(), names=("data_dir",))
     flags.DEFINE_integer("num_classes", 100, "Classes of the classifier.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 256, "Images of the batch with one mask each.")
     flags.DEFINE_integer("peer_batch_size", 64, "Images of the batch that peers run as well.")

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from experiments import flags as flags_lib
 from experiments import results, timing, trained_run
+from experiments.config import DataConfig
 from experiments.pipeline import Network, Pipeline
 from experiments.trained_run import TrainedRun
 from experiments.workdir import Workdir, write_json
@@ -20,7 +22,7 @@ def define_flags() -> None:
     """Of every such program."""
     flags.DEFINE_string("workdir", None, "Folder of a finished run. Required.")
     flags.DEFINE_string("variant", "", "Whom to compare with; empty: the most accurate variant.")
-    flags.DEFINE_string("data_dir", "", "Folder of TFDS's data sets.")
+    flags_lib.define_section(DataConfig(), names=("data_dir",))
 
 
 @dataclasses.dataclass(frozen=True)

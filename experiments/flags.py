@@ -4,12 +4,17 @@
 back into a configuration; `start` runs a program and prints a user's mistake as one line.
 """
 
+import _thread
 import dataclasses
 import errno
+import gc
 import io
 import os
 import pathlib
+import signal
 import sys
+import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -162,8 +167,12 @@ def as_flagfile() -> str:
     return "\n".join(sorted(line for line in lines if line))
 
 
-def start(main: Callable[[], None]) -> None:
-    """Parses flags and runs `main`; a user's mistake ends with one line and status 2."""
+def start(main: Callable[[], None], *, resumes: bool = False) -> None:
+    """Parses flags and runs `main`; a user's mistake ends with one line and status 2.
+
+    Args:
+      resumes: the same command goes on where it was interrupted.
+    """
 
     def without_arguments(arguments: list[str]) -> int:
         if arguments:
@@ -171,15 +180,17 @@ def start(main: Callable[[], None]) -> None:
         main()
         return 0
 
-    start_with_arguments(without_arguments)
+    start_with_arguments(without_arguments, resumes=resumes)
 
 
-def start_with_arguments(main: Callable[[list[str]], int]) -> None:
+def start_with_arguments(main: Callable[[list[str]], int], *, resumes: bool = False) -> None:
     """As `start`, of a program that takes names beside flags; `main` returns the exit status."""
 
     def guarded(arguments: list[str]) -> None:
         # Orbax reports every step of a save; a user wants the progress bar.
         logging.set_verbosity(logging.WARNING)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Else it is ignored.
+            signal.signal(signal.SIGINT, _interrupt)
         environment.configure_cpu()
         if flags.FLAGS.compile_cache:
             environment.keep_compiled(os.path.expanduser(flags.FLAGS.compile_cache))
@@ -192,7 +203,7 @@ def start_with_arguments(main: Callable[[list[str]], int]) -> None:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print("interrupted: repeat the command to resume", file=sys.stderr)
+            print(f"interrupted{': repeat the command to resume' * resumes}", file=sys.stderr)
             sys.exit(130)
         except BrokenPipeError:  # Whoever read the output has left.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -209,6 +220,21 @@ def start_with_arguments(main: Callable[[list[str]], int]) -> None:
             sys.exit(2)
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _interrupt(_signal: int, frame: types.FrameType | None) -> None:
+    """As Python does, but not in a callback of its garbage collector, such as JAX's, where
+    exceptions are printed and dropped: there once more a little later."""
+    while frame is not None:
+        if frame.f_code in _collector_callbacks():
+            threading.Timer(0.01, _thread.interrupt_main).start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _collector_callbacks() -> set[types.CodeType]:
+    return {call.__code__ for call in gc.callbacks if isinstance(call, types.FunctionType)}
 
 
 def _show_all_flags() -> None:

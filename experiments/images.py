@@ -97,8 +97,8 @@ def fit(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def printable(path: str) -> str:
-    """A path on one line, whatever bytes its name holds."""
-    return path if path.isprintable() else repr(path)
+    """A path on one line, whatever bytes its name holds, if any."""
+    return path if path and path.isprintable() else repr(path)
 
 
 def _looks_like_an_image(file: str) -> bool:

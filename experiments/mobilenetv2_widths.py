@@ -82,7 +82,7 @@ def _run() -> None:
 def main() -> None:
     comparison.define_flags()
     flags.DEFINE_list("widths", ["0.25", "0.35", "0.5"], "Width multipliers of MobileNetV2.")
-    flags_lib.start(_run)
+    flags_lib.start(_run, resumes=True)
 
 
 if __name__ == "__main__":

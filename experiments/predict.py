@@ -195,13 +195,13 @@ def main() -> None:
         "latency_budget_ms",
         None,
         "What images are to take in the mean, by the run's latency table: more or fewer paths "
-        "run. Empty: as trained.",
+        "run. Left out: as trained.",
     )
     flags.DEFINE_float(
         "latency_limit_ms",
         None,
         "What no image is to take more than, by the run's latency table: of its paths the surest "
-        "run that fit, after --latency_budget_ms, whose mean falls by it. Empty: no limit.",
+        "run that fit, after --latency_budget_ms, whose mean falls by it. Left out: no limit.",
     )
     flags.DEFINE_integer("top", 3, "Classes to name for each image.", lower_bound=1)
     flags.DEFINE_bool(

@@ -19,11 +19,12 @@ def _measure() -> None:
     table = timing.profile(spec, run.profile_rounds)
     latency.save(table, output)
     bounds = latency.baselines(table, spec)
-    print(f"cells: MobileNetV2 {bounds.mobilenetv2_ms:.3f} ms, every path {bounds.max_ms:.3f} ms, ")
     print(
-        f"fewest {bounds.min_ms:.3f} ms; fixed: "
-        + ", ".join(f"{part} {time:.3f} ms" for part, time in table.fixed_ms.items())
+        f"cells: MobileNetV2 {bounds.mobilenetv2_ms:.3f} ms, every path {bounds.max_ms:.3f} ms, "
+        f"fewest {bounds.min_ms:.3f} ms"
     )
+    fixed = ", ".join(f"{part} {time:.3f} ms" for part, time in table.fixed_ms.items())
+    print(f"fixed: {fixed}")
     print(f"written to {output}")
 
 

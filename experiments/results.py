@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
+from tqdm import tqdm
 
 from experiments import evaluation, policy_study, timing
 from experiments.config import Config, RunConfig
@@ -53,12 +54,20 @@ def collect(
     Returns:
       The contents of results.json.
     """
+    bar = tqdm(
+        total=timing.PROCESSES + len(statics) + len(variants),
+        desc="results",
+        unit="part",
+        dynamic_ncols=True,
+        disable=not parallel.is_first(),
+    )
     measured = parallel.from_first(
         lambda: timing.time_networks(
             {name: timing.Timed(setting, *static) for name, static in statics.items()}
             | {name: timing.Timed(setting, state) for name, state in variants.items()},
             images=timed_images(config.run, dataset),
             threads=config.run.inference_threads,
+            on_process=bar.update,
         )
     )
     static_answers = {
@@ -77,6 +86,7 @@ def collect(
         }
         for name, (state, architecture) in statics.items()
     ]
+    bar.update(len(statics))
     # How hard an image is: its loss under the first static baseline, which saw no controller.
     difficulty = next(iter(static_answers.values())).loss
     variant_rows = []
@@ -100,6 +110,8 @@ def collect(
                 **_study(setting, dataset, table, evaluate, state),
             }
         )
+        bar.update()
+    bar.close()
     bounds = latency.baselines(table, setting.spec)
     return {
         "schema_version": SCHEMA_VERSION,

@@ -13,7 +13,7 @@ from instanas_jax import data, parallel
 def main(defaults: Config) -> None:
     """Defines the flags with these defaults and runs the experiment that they describe."""
     flags_lib.define(defaults)
-    flags_lib.start(lambda: _run(defaults.dataset))
+    flags_lib.start(lambda: _run(defaults.dataset), resumes=True)
 
 
 def _run(dataset_name: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from instanas_jax import checkpoint, data, feeding, metrics, parallel, train_loop, train_state
+from instanas_jax.errors import InputError
 from instanas_jax.stage import Stage
 from instanas_jax.train_state import TrainState
 
@@ -174,13 +175,22 @@ def kept_directory(checkpoints: Path) -> Path:
 
 
 def restore_kept(checkpoints: Path, step: int, like: TrainState) -> TrainState:
-    """The state that the stage kept after `step` updates, on the host."""
+    """The state that the stage kept after `step` updates, on the host.
+
+    Raises:
+      InputError: it is lost or damaged.
+    """
     fresh = _saved(train_state.ravel(like), 0.0)
 
     def restore() -> dict[str, Any]:
         manager = checkpoint.StageCheckpoints(kept_directory(checkpoints), keep=None)
         try:
             return manager.restore(step, fresh)
+        except InputError as error:
+            raise InputError(
+                f"{kept_directory(checkpoints)} does not give the state after {step} updates: "
+                f"delete it and {checkpoints}, and repeat the command, which trains that again"
+            ) from error
         finally:
             manager.close()
 

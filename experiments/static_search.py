@@ -145,7 +145,7 @@ def _run() -> None:
 
 def main() -> None:
     _define_flags()
-    flags_lib.start(_run)
+    flags_lib.start(_run, resumes=True)
 
 
 if __name__ == "__main__":

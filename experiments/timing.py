@@ -5,7 +5,7 @@ The functions start that process, on the CPU also where an accelerator trains; s
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,11 @@ from instanas_jax.train_state import TrainState
 # by that alone a variant of CIFAR quick took 0.66 to 0.93 of MobileNetV2's time. So each process
 # begins with another network.
 PROCESSES = 3
+
+MEASURE_OF_RUN = (
+    "delete it and, if there is one, results.json beside it, and repeat the command of the run, "
+    "which measures it anew and trains nothing twice"
+)
 
 
 def measure_table(spec: SupernetSpec, *, rounds: int, threads: int) -> LatencyTable:
@@ -54,7 +59,7 @@ def table_of_run(
         latency.save(table, files.latency_table)
     # Times as they are rounded in the file. A run that resumes on another machine keeps its table,
     # and so its reward.
-    return latency.load(files.latency_table, spec)
+    return latency.load(files.latency_table, spec, advice=MEASURE_OF_RUN)
 
 
 def profile(spec: SupernetSpec, rounds: int) -> LatencyTable:
@@ -78,21 +83,30 @@ class Timed:
 
 
 def time_networks(
-    networks: dict[str, Timed], *, images: Iterable[np.ndarray], threads: int
+    networks: dict[str, Timed],
+    *,
+    images: Iterable[np.ndarray],
+    threads: int,
+    on_process: Callable[[], object] = lambda: None,
 ) -> dict[str, np.ndarray]:
     """Milliseconds of every network on every image, one at a time, in turn.
 
     Args:
       images: uint8 [H, W, 3].
       threads: see `environment.configure_cpu`.
+      on_process: called after each of the `PROCESSES`.
 
     Returns:
       For each name an array [number of images], each the median over some processes.
     """
-    runs = [
-        environment.in_inference_process(_time_networks, networks, images, first, threads=threads)
-        for first in range(PROCESSES)
-    ]
+    runs = []
+    for first in range(PROCESSES):
+        runs.append(
+            environment.in_inference_process(
+                _time_networks, networks, images, first, threads=threads
+            )
+        )
+        on_process()
     return {name: np.median([run[name] for run in runs], axis=0) for name in networks}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import dataset_summary, recipe
+from experiments import dataset_summary, recipe, timing
 from experiments.config import Config
 from experiments.dataset_summary import DatasetSummary
 from experiments.workdir import RunFiles
@@ -39,7 +39,8 @@ def open_run(path: str) -> TrainedRun:
             f"{files.dataset} says {dataset.image_size} pixels, the network of {files.config} "
             f"reads {spec.image_size}: the files are of two runs, name another --workdir"
         )
-    return TrainedRun(files, config, dataset, spec, latency.load(files.latency_table, spec))
+    table = latency.load(files.latency_table, spec, advice=timing.MEASURE_OF_RUN)
+    return TrainedRun(files, config, dataset, spec, table)
 
 
 def choose_variant(run: TrainedRun, name: str = "") -> str:
@@ -91,6 +92,10 @@ def restore_networks(run: TrainedRun, variant: str) -> dict[str, Any]:
 
 def results_row(run: TrainedRun, variant: str) -> dict[str, Any]:
     """What results.json says of a variant; InputError if that is nothing."""
+    if not run.files.results.exists():
+        raise InputError(
+            f"{run.files.results} does not exist, so the run is not finished: repeat its command"
+        )
     try:
         rows = json.loads(run.files.results.read_text())["variants"]
         return dict(next(row for row in rows if row["name"] == variant))

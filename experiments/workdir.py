@@ -9,6 +9,8 @@ from experiments.config import Config
 from instanas_jax import environment, files
 from instanas_jax.errors import InputError
 
+_LOCK = "lock"
+
 
 class RunFiles:
     """Where a run's files lie; nothing is read, written or made."""
@@ -30,7 +32,8 @@ class RunFiles:
 
 
 class Workdir(RunFiles):
-    """A run's files, to write. Making one checks that the folder belongs to the configuration.
+    """A run's files, to write. Making one checks that the folder belongs to the configuration, and
+    keeps other processes from it for as long as this object lives.
 
     Args:
       path: made where absent.
@@ -38,7 +41,7 @@ class Workdir(RunFiles):
       flags_text: the flags in the form of a flagfile, kept for the record.
 
     Raises:
-      InputError: the folder holds another configuration's run, or cannot be written.
+      InputError: the folder holds another configuration's run, is in use, or cannot be written.
     """
 
     def __init__(self, path: str, *, config: Config, flags_text: str):
@@ -67,19 +70,14 @@ class Workdir(RunFiles):
 
     def _claim(self, config: Config, flags_text: str) -> None:
         try:
+            if not self.config.exists():
+                self._check_free()
+                self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = files.hold(self.path / _LOCK)
             if self.config.exists():
                 there = self._parse(json.loads(self.config.read_text()))
                 _check_same(self.path, there.to_json(), config.to_json())
                 return
-            # A run that was stopped here before may have left the first of its files.
-            names = {file.name for file in self.path.iterdir()} if self.path.exists() else set()
-            first = {"flags.txt", "versions.json"}
-            if any(name not in first and not name.endswith(".partial") for name in names):
-                raise InputError(
-                    f"--workdir={self.path} holds files but no config.json, so it is not a run's "
-                    "folder: name an empty or a new one"
-                )
-            self.path.mkdir(parents=True, exist_ok=True)
             files.write_text(self.path / "flags.txt", flags_text + "\n")
             write_json(self.path / "versions.json", environment.describe_versions())
             write_json(self.config, config.to_json())
@@ -94,6 +92,16 @@ class Workdir(RunFiles):
                 f"--workdir={self.path} cannot be used ({error.strerror}): name a folder that "
                 "can be written"
             ) from error
+
+    def _check_free(self) -> None:
+        # A run that was stopped here before may have left the first of its files.
+        names = {file.name for file in self.path.iterdir()} if self.path.exists() else set()
+        first = {"flags.txt", "versions.json", _LOCK}
+        if any(name not in first and not name.endswith(".partial") for name in names):
+            raise InputError(
+                f"--workdir={self.path} holds files but no config.json, so it is not a run's "
+                "folder: name an empty or a new one"
+            )
 
     def _parse(self, values: Any) -> Config:
         try:

@@ -72,8 +72,8 @@ class StageCheckpoints:
         except Exception as error:  # Orbax documents no common base of what it raises.
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise InputError(
-                f"checkpoint {self._directory / str(step)} cannot be restored ({reason}): delete "
-                "that folder to resume from the one before"
+                f"checkpoint {self._directory / str(step)} cannot be restored ({reason}): copy it "
+                "again from where it was written"
             ) from error
 
     def close(self) -> None:

@@ -32,6 +32,7 @@ FIXED_PARTS = ("stem", "head", "controller")
 # as warm as in a network, that costs it little.
 IN_NETWORK = ("call", "held", "switch", "path", "megabyte", "several", "choice", "settled_path")
 _MAY_SAVE = ("path", "settled_path")
+MEASURE_ANEW = "measure one with `python -m experiments.profile --output=FILE`"
 _GRIDS = ("cells_ms", "settled_ms", "spread_ms")  # Fields of shape [L, O].
 
 
@@ -195,6 +196,7 @@ def load(
     *,
     device: dict[str, Any] | None = None,
     allow_foreign: bool = False,
+    advice: str = MEASURE_ANEW,
 ) -> LatencyTable:
     """Reads a table and checks that it is of this supernet and of this device.
 
@@ -203,11 +205,12 @@ def load(
       spec: the supernet that is to be searched.
       device: `environment.describe_device()`; None skips the check of the device.
       allow_foreign: accept another device's table, to search for that device from here.
+      advice: what errors tell to do.
 
     Raises:
       InputError: no such file, not a table, or a table of something else.
     """
-    table = _parse(path)
+    table = _parse(path, advice)
     wanted = json.loads(json.dumps(spec.to_json()))
     if table.spec != wanted:
         differing = sorted(
@@ -221,15 +224,12 @@ def load(
                 f"{name} is {table.spec.get(name)} there, {wanted.get(name)} here"
                 for name in differing
             )
-            raise InputError(
-                f"latency table {path} is of another supernet ({parts}): measure one with "
-                "`python -m experiments.profile`, or leave --latency_table out"
-            )
+            raise InputError(f"latency table {path} is of another supernet ({parts}): {advice}")
     if device is not None and not allow_foreign and table.device != device:
         raise InputError(
             f"latency table {path} was measured on {_device_name(table.device)}, this is "
-            f"{_device_name(device)}: measure one here with `python -m experiments.profile`, or "
-            "pass --allow_foreign_table to search for that device"
+            f"{_device_name(device)}: {advice}, or pass --allow_foreign_table to search for that "
+            "device"
         )
     return table
 
@@ -238,22 +238,21 @@ def _device_name(device: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in sorted(device.items()))
 
 
-def _parse(path: str | os.PathLike[str]) -> LatencyTable:
+def _parse(path: str | os.PathLike[str], advice: str) -> LatencyTable:
     try:
         values = json.loads(Path(path).read_text())
     except OSError as error:
         raise InputError(
-            f"latency table {path} cannot be read ({error.strerror}): measure one with "
-            "`python -m experiments.profile --output=FILE`"
+            f"latency table {path} cannot be read ({error.strerror}): {advice}"
         ) from None
     except ValueError as error:
-        raise InputError(f"latency table {path} is not JSON ({error}): measure it anew") from None
+        raise InputError(f"latency table {path} is not JSON ({error}): {advice}") from None
     try:
         version = values.pop("schema_version")
         if version != SCHEMA_VERSION:
             raise InputError(
                 f"latency table {path} has schema_version {version}, this program reads "
-                f"{SCHEMA_VERSION}: measure it anew"
+                f"{SCHEMA_VERSION}: {advice}"
             )
         grids = {name: np.asarray(values[name], np.float64) for name in _GRIDS}
         sums = {
@@ -270,12 +269,12 @@ def _parse(path: str | os.PathLike[str]) -> LatencyTable:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"latency table {path} lacks or misstates a field ({error}): measure it anew"
+            f"latency table {path} lacks or misstates a field ({error}): {advice}"
         ) from None
     if table.batch_size != 1:
         raise InputError(
             f"latency table {path} is of batches of {table.batch_size} images, this program "
-            "reads those of one: measure it anew"
+            f"reads those of one: {advice}"
         )
     shape = (cells, ops)
     if {grid.shape for grid in grids.values()} != {shape} or not complete:
@@ -283,13 +282,12 @@ def _parse(path: str | os.PathLike[str]) -> LatencyTable:
         raise InputError(
             f"latency table {path} holds grids of shapes {shapes}, "
             f"fixed_ms {sorted(table.fixed_ms)}, in_network_ms {sorted(table.in_network_ms)}; its "
-            f"spec needs {list(shape)}, {sorted(FIXED_PARTS)} and {sorted(IN_NETWORK)}: measure it "
-            "anew"
+            f"spec needs {list(shape)}, {sorted(FIXED_PARTS)} and {sorted(IN_NETWORK)}: {advice}"
         )
     times = [*table.fixed_ms.values(), *(time for grid in grids.values() for time in grid.flat)]
     beyond = table.in_network_ms.items()
     finite = np.isfinite([*times, *table.in_network_ms.values()]).all()
     times += [time for name, time in beyond if name not in _MAY_SAVE]
     if not (finite and min(times) >= 0.0 and table.settled_ms.max() > 0.0):
-        raise InputError(f"latency table {path} holds a time that is no time: measure it anew")
+        raise InputError(f"latency table {path} holds a time that is no time: {advice}")
     return table

@@ -1,7 +1,9 @@
+import jax
 import numpy as np
 import pytest
 
-from instanas_jax import checkpoint
+from experiments import stage_runner
+from instanas_jax import checkpoint, search_space, train_state
 from instanas_jax.errors import InputError
 
 
@@ -48,3 +50,11 @@ def test_walks_back_over_a_damaged_checkpoint(tmp_path):
     np.testing.assert_array_equal(restored["a"], state(1)["a"])
     with pytest.raises(InputError, match="cannot be restored"):
         reopened.restore(2, state(0))
+
+
+def test_a_lost_snapshot_of_the_search_names_both_folders_to_delete(tmp_path):
+    like = train_state.create(jax.random.key(0), search_space.preset("tiny", num_classes=10))
+    with pytest.raises(InputError) as caught:
+        stage_runner.restore_kept(tmp_path / "search", 5, like)
+    assert f"delete it and {tmp_path / 'search'}, and repeat" in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / "search_kept"))

@@ -86,6 +86,43 @@ def test_an_address_without_a_port_is_one_line(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("resumes", "line"),
+    [(False, "interrupted\n"), (True, "interrupted: repeat the command to resume\n")],
+)
+def test_an_interruption_is_heard_where_python_would_drop_it(resumes, line):
+    """In a callback of the garbage collector, such as JAX's, exceptions end as a warning."""
+    finished = run(
+        "-c",
+        "import gc, signal, time\n"
+        "from experiments import flags\n"
+        "pressed = []\n"
+        "def callback(phase, info):\n"
+        "    if not pressed:\n"
+        "        pressed.append(signal.SIGINT)\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "        time.sleep(0.001)\n"
+        "def main():\n"
+        "    gc.callbacks.append(callback)\n"
+        "    gc.collect()\n"
+        "    time.sleep(10)\n"
+        "    print('not heard')\n"
+        f"flags.start(main, resumes={resumes})",
+    )
+    assert (finished.returncode, finished.stdout, finished.stderr) == (130, "", line)
+
+
+def test_a_folder_in_use_is_one_line(tmp_path):
+    workdir = tmp_path / "run"
+    held = Workdir(str(workdir), config=Config("digits"), flags_text="")
+    before = {path.name for path in workdir.iterdir()}
+    finished = run("-m", "experiments.digits", f"--workdir={workdir}")
+    assert finished.returncode == 2 and finished.stderr.count("\n") == 1
+    assert f"{workdir} is in use by another process" in finished.stderr
+    assert {path.name for path in workdir.iterdir()} == before
+    del held
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such signal")
 def test_an_inference_process_ends_with_the_one_that_is_killed(tmp_path):
     note = tmp_path / "pid"

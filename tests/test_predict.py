@@ -339,6 +339,16 @@ class TestDamage:
         with pytest.raises(InputError, match="is not JSON"):
             trained_run.open_run(str(copy))
 
+    def test_a_lost_table_is_measured_by_the_run(self, copy):
+        (copy / "latency_table.json").unlink()
+        with pytest.raises(InputError, match="results.json.*repeat the command of the run"):
+            trained_run.open_run(str(copy))
+
+    def test_a_run_without_results_is_told_to_be_unfinished(self, copy):
+        (copy / "results.json").unlink()
+        with pytest.raises(InputError, match="does not exist, so the run is not finished"):
+            trained_run.results_row(trained_run.open_run(str(copy)), "A")
+
     def test_a_damaged_checkpoint(self, copy):
         for path in (copy / "checkpoints/finetune_A").rglob("*"):
             if path.is_file():
@@ -392,4 +402,5 @@ def test_the_summary_is_written_once_and_whole(tmp_path):
 def test_a_path_stays_on_one_line():
     assert images.printable("a b/é.png") == "a b/é.png"
     assert "\n" not in images.printable("a\nb.png")
+    assert images.printable("") == "''"
     images.printable("\udcff.png").encode()  # A name that is not UTF-8.
