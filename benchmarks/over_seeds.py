@@ -70,13 +70,13 @@ def _interval(values: list[float]) -> tuple[float, float | None]:
 
 def _read(workdir: str) -> dict[str, Any]:
     path = Path(workdir) / "results.json"
-    if not path.exists():
-        raise InputError(f"{path} does not exist: name folders of finished runs")
     try:
         results = json.loads(path.read_text())
         figures(results)
         _settings(results)
         return results
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: name folders of finished runs") from None
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise InputError(
             f"{path} is no finished run's ({error!r}): name folders of finished runs"

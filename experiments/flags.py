@@ -203,7 +203,8 @@ def start_with_arguments(main: Callable[[list[str]], int], *, resumes: bool = Fa
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print(f"interrupted{': repeat the command to resume' * resumes}", file=sys.stderr)
+            remedy = ": repeat the command to resume" if resumes else ""
+            print(f"interrupted{remedy}", file=sys.stderr)
             sys.exit(130)
         except BrokenPipeError:  # Whoever read the output has left.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

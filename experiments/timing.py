@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.config import RunConfig
-from experiments.workdir import RunFiles
+from experiments.workdir import RunFiles, load_table
 from instanas_jax import convolution, environment, inference, latency, profiling
 from instanas_jax.latency import LatencyTable
 from instanas_jax.search_space import SupernetSpec
@@ -23,11 +23,6 @@ from instanas_jax.train_state import TrainState
 # by that alone a variant of CIFAR quick took 0.66 to 0.93 of MobileNetV2's time. So each process
 # begins with another network.
 PROCESSES = 3
-
-MEASURE_OF_RUN = (
-    "delete it and, if there is one, results.json beside it, and repeat the command of the run, "
-    "which measures it anew and trains nothing twice"
-)
 
 
 def measure_table(spec: SupernetSpec, *, rounds: int, threads: int) -> LatencyTable:
@@ -59,7 +54,7 @@ def table_of_run(
         latency.save(table, files.latency_table)
     # Times as they are rounded in the file. A run that resumes on another machine keeps its table,
     # and so its reward.
-    return latency.load(files.latency_table, spec, advice=MEASURE_OF_RUN)
+    return load_table(files, spec)
 
 
 def profile(spec: SupernetSpec, rounds: int) -> LatencyTable:

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import dataset_summary, recipe, timing
+from experiments import dataset_summary, recipe
 from experiments.config import Config
 from experiments.dataset_summary import DatasetSummary
-from experiments.workdir import RunFiles
+from experiments.workdir import RunFiles, load_table
 from instanas_jax import budget, checkpoint, latency, train_state
 from instanas_jax.errors import InputError
 from instanas_jax.search_space import SupernetSpec
@@ -39,8 +39,7 @@ def open_run(path: str) -> TrainedRun:
             f"{files.dataset} says {dataset.image_size} pixels, the network of {files.config} "
             f"reads {spec.image_size}: the files are of two runs, name another --workdir"
         )
-    table = latency.load(files.latency_table, spec, advice=timing.MEASURE_OF_RUN)
-    return TrainedRun(files, config, dataset, spec, table)
+    return TrainedRun(files, config, dataset, spec, load_table(files, spec))
 
 
 def choose_variant(run: TrainedRun, name: str = "") -> str:
@@ -92,13 +91,13 @@ def restore_networks(run: TrainedRun, variant: str) -> dict[str, Any]:
 
 def results_row(run: TrainedRun, variant: str) -> dict[str, Any]:
     """What results.json says of a variant; InputError if that is nothing."""
-    if not run.files.results.exists():
-        raise InputError(
-            f"{run.files.results} does not exist, so the run is not finished: repeat its command"
-        )
     try:
         rows = json.loads(run.files.results.read_text())["variants"]
         return dict(next(row for row in rows if row["name"] == variant))
+    except FileNotFoundError:
+        raise InputError(
+            f"{run.files.results} does not exist, so the run is not finished: repeat its command"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise InputError(
             f"{run.files.results} says nothing of variant {variant} ({error!r}): repeat the "

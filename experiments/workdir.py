@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import Config
-from instanas_jax import environment, files
+from instanas_jax import environment, files, latency
 from instanas_jax.errors import InputError
+from instanas_jax.search_space import SupernetSpec
 
 _LOCK = "lock"
 
@@ -74,7 +75,7 @@ class Workdir(RunFiles):
                 self._check_free()
                 self.path.mkdir(parents=True, exist_ok=True)
             self._lock = files.hold(self.path / _LOCK)
-            if self.config.exists():
+            if self.config.exists():  # By now: another process may just have made it.
                 there = self._parse(json.loads(self.config.read_text()))
                 _check_same(self.path, there.to_json(), config.to_json())
                 return
@@ -110,6 +111,16 @@ class Workdir(RunFiles):
             raise InputError(
                 f"{self.config} does not fit this program ({error}): name another --workdir"
             ) from error
+
+
+def load_table(run: RunFiles, spec: SupernetSpec) -> latency.LatencyTable:
+    """The latency table that a run was searched with; InputError where it is lost or damaged."""
+    return latency.load(
+        run.latency_table,
+        spec,
+        advice="delete it and, if there is one, results.json beside it, and repeat the command of "
+        "the run, which measures it anew and trains nothing twice",
+    )
 
 
 def _check_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:

@@ -30,7 +30,8 @@ def partial_of(path: str | os.PathLike[str]) -> Path:
 
 
 def hold(path: str | os.PathLike[str]) -> TextIO | None:
-    """Keeps other processes from holding the same file until what is returned is closed.
+    """Keeps other processes from holding the same file until what is returned is closed; on
+    Windows, and on file systems without locks, it keeps nobody.
 
     The system lets go of it when the process ends, however it ends. The same process may hold it
     several times, and then holds it until it closes the first of them.

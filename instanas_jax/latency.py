@@ -32,7 +32,9 @@ FIXED_PARTS = ("stem", "head", "controller")
 # as warm as in a network, that costs it little.
 IN_NETWORK = ("call", "held", "switch", "path", "megabyte", "several", "choice", "settled_path")
 _MAY_SAVE = ("path", "settled_path")
-MEASURE_ANEW = "measure one with `python -m experiments.profile --output=FILE`"
+MEASURE_ANEW = (
+    "measure one with `python -m experiments.profile --output=FILE`, or leave --latency_table out"
+)
 _GRIDS = ("cells_ms", "settled_ms", "spread_ms")  # Fields of shape [L, O].
 
 
