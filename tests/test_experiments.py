@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -137,7 +138,10 @@ def test_every_shipped_flagfile_runs_to_its_results(
     assert any("sampled_reward" in row for row in rows)
     for file in ("flags.txt", "config.json", "versions.json", "latency_table.json"):
         assert (tmp_path / "run" / file).stat().st_size > 0
-    assert "mobilenetv2" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "mobilenetv2" in printed.out
+    # Three processes that time, a baseline and two variants.
+    assert re.search(r"results: 100%.* 6/6 ", printed.err)
     opened = trained_run.open_run(str(tmp_path / "run"))
     assert opened.dataset.class_names == data.load(name, validation_size=1).class_names
     assert trained_run.choose_variant(opened, "A") == "A"
@@ -629,7 +633,14 @@ def test_every_network_is_first_in_a_process_and_times_are_medians(monkeypatch):
     monkeypatch.setattr(timing, "_make_predictor", lambda network: network)
     monkeypatch.setattr(timing.inference, "time_in_turn", time_in_turn)
     networks = {name: name for name in "abc"}
-    times = timing.time_networks(networks, images=[], threads=1)  # pyright: ignore
+    done = []
+    times = timing.time_networks(
+        networks,  # pyright: ignore
+        images=[],
+        threads=1,
+        on_process=lambda: done.append(len(orders)),
+    )
+    assert done == [1, 2, 3]
     assert orders == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]]
     for name in networks:  # First, second and third once.
         np.testing.assert_array_equal(times[name], [1.0, 7.0])

@@ -71,7 +71,7 @@ def test_runs_of_other_settings_or_of_one_seed_are_named():
 
 
 def test_a_folder_without_results_is_one_line(tmp_path):
-    with pytest.raises(InputError, match="folders of finished runs"):
+    with pytest.raises(InputError, match="json does not exist: name folders of finished runs"):
         over_seeds._read(str(tmp_path))
     (tmp_path / "results.json").write_text(json.dumps({"static": []}))
     with pytest.raises(InputError, match="folders of finished runs"):
