@@ -34,7 +34,7 @@ class RunFiles:
 
 class Workdir(RunFiles):
     """A run's files, to write. Making one checks that the folder belongs to the configuration, and
-    keeps other processes from it for as long as this object lives.
+    keeps other processes from making one until this process ends.
 
     Args:
       path: made where absent.
@@ -74,7 +74,7 @@ class Workdir(RunFiles):
             if not self.config.exists():
                 self._check_free()
                 self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = files.hold(self.path / _LOCK)
+            files.hold(self.path / _LOCK)
             if self.config.exists():  # By now: another process may just have made it.
                 there = self._parse(json.loads(self.config.read_text()))
                 _check_same(self.path, there.to_json(), config.to_json())

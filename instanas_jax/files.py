@@ -12,6 +12,8 @@ try:
 except ImportError:  # On Windows.
     fcntl = None
 
+_held: dict[Path, TextIO] = {}  # Open: the system drops a lock when its file is closed.
+
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a file under another name and renames it; one that was there is replaced."""
@@ -29,25 +31,21 @@ def partial_of(path: str | os.PathLike[str]) -> Path:
     return target.with_name(f"{target.name}.{os.getpid()}.partial")
 
 
-def hold(path: str | os.PathLike[str]) -> TextIO | None:
-    """Keeps other processes from holding the same file until what is returned is closed; on
-    Windows, and on file systems without locks, it keeps nobody.
+def hold(path: str | os.PathLike[str]) -> None:
+    """Keeps other processes from holding the same file until this one ends, however it ends.
 
-    The system lets go of it when the process ends, however it ends. The same process may hold it
-    several times, and then holds it until it closes the first of them.
-
-    Returns:
-      None where nobody can write, so that nobody needs to be kept away.
+    A file that this process holds already it may hold again. Nobody is kept away on Windows, on
+    file systems without locks, and where nobody can write.
 
     Raises:
       InputError: another process holds it.
     """
+    if fcntl is None or Path(path).resolve() in _held:
+        return
     try:
         file = open(path, "a")  # noqa: SIM115
     except OSError:
-        return None
-    if fcntl is None:
-        return file
+        return
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -58,4 +56,4 @@ def hold(path: str | os.PathLike[str]) -> TextIO | None:
                 f"{Path(path).parent} is in use by another process: wait until that ends, or name "
                 "another folder"
             ) from None
-    return file
+    _held[Path(path).resolve()] = file

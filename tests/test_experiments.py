@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -442,6 +443,10 @@ class TestWorkdir:
         with pytest.raises(InputError, match="run.seed=0, this one has run.seed=1"):
             Workdir(str(tmp_path / "w"), config=other, flags_text="")
         assert {path: path.read_bytes() for path in (tmp_path / "w").iterdir()} == before
+
+    def test_travels_to_the_other_processes_of_a_run(self, tmp_path):
+        workdir = Workdir(str(tmp_path / "w"), config=self.CONFIG, flags_text="")
+        assert vars(pickle.loads(pickle.dumps(workdir))) == vars(workdir)
 
     def test_what_an_older_version_did_not_know_has_its_default(self, tmp_path):
         path = tmp_path / "w/config.json"
