@@ -54,64 +54,49 @@ def collect(
     Returns:
       The contents of results.json.
     """
-    bar = tqdm(
+    with tqdm(
         total=timing.PROCESSES + len(statics) + len(variants),
         desc="results",
         unit="part",
         dynamic_ncols=True,
         disable=not parallel.is_first(),
-    )
-    measured = parallel.from_first(
-        lambda: timing.time_networks(
-            {name: timing.Timed(setting, *static) for name, static in statics.items()}
-            | {name: timing.Timed(setting, state) for name, state in variants.items()},
-            images=timed_images(config.run, dataset),
-            threads=config.run.inference_threads,
-            on_process=bar.update,
+    ) as bar:
+        measured = parallel.from_first(
+            lambda: timing.time_networks(
+                {name: timing.Timed(setting, *static) for name, static in statics.items()}
+                | {name: timing.Timed(setting, state) for name, state in variants.items()},
+                images=timed_images(config.run, dataset),
+                threads=config.run.inference_threads,
+                on_process=bar.update,
+            )
         )
-    )
-    static_answers = {
-        name: evaluate(state, dataset.test, architecture=architecture)
-        for name, (state, architecture) in statics.items()
-    }
-    static_rows = [
-        {
-            "name": name,
-            "test_accuracy": static_answers[name].accuracy,
-            "validation_accuracy": evaluate(
-                state, dataset.validation, architecture=architecture
-            ).accuracy,
-            **static_cost(setting.spec, architecture, table),
-            **timing_fields(measured[name]),
-        }
-        for name, (state, architecture) in statics.items()
-    ]
-    bar.update(len(statics))
-    # How hard an image is: its loss under the first static baseline, which saw no controller.
-    difficulty = next(iter(static_answers.values())).loss
-    variant_rows = []
-    for name, state in variants.items():
-        answers = evaluate(state, dataset.test)
-        settled = controller.settled(setting.spec, state.controller)
-        table_ms = latency.image_ms(table, answers.mask, setting.spec.forced_cells, settled)
-        variant_rows.append(
-            {
-                "name": name,
-                "test_accuracy": answers.accuracy,
-                "validation_accuracy": evaluate(state, dataset.validation).accuracy,
-                **evaluation.policy_statistics(
-                    answers,
-                    table=table,
-                    spec=setting.spec,
-                    settled=settled,
-                ),
-                "latency_vs_difficulty": _rank_correlation(table_ms, difficulty),
-                **timing_fields(measured[name]),
-                **_study(setting, dataset, table, evaluate, state),
-            }
-        )
-        bar.update()
-    bar.close()
+        static_answers, static_rows = {}, []
+        for name, (state, architecture) in statics.items():
+            static_answers[name] = evaluate(state, dataset.test, architecture=architecture)
+            validation = evaluate(state, dataset.validation, architecture=architecture)
+            static_rows.append(
+                {
+                    "name": name,
+                    "test_accuracy": static_answers[name].accuracy,
+                    "validation_accuracy": validation.accuracy,
+                    **static_cost(setting.spec, architecture, table),
+                    **timing_fields(measured[name]),
+                }
+            )
+            bar.update()
+        # How hard an image is: its loss under the first static baseline, which saw no controller.
+        difficulty = next(iter(static_answers.values())).loss
+        variant_rows = []
+        for name, state in variants.items():
+            variant_rows.append(
+                {
+                    "name": name,
+                    **_policy_fields(setting, dataset, table, evaluate, state, difficulty),
+                    **timing_fields(measured[name]),
+                    **_study(setting, dataset, table, evaluate, state),
+                }
+            )
+            bar.update()
     bounds = latency.baselines(table, setting.spec)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -133,6 +118,26 @@ def collect(
         },
         "static": static_rows,
         "variants": variant_rows,
+    }
+
+
+def _policy_fields(
+    setting: Setting,
+    dataset: data.Dataset,
+    table: latency.LatencyTable,
+    evaluate: evaluation.Evaluator,
+    state: TrainState,
+    difficulty: np.ndarray,
+) -> dict[str, Any]:
+    """Of a variant's row: what its network answers under its own policy, and that policy."""
+    answers = evaluate(state, dataset.test)
+    settled = controller.settled(setting.spec, state.controller)
+    table_ms = latency.image_ms(table, answers.mask, setting.spec.forced_cells, settled)
+    return {
+        "test_accuracy": answers.accuracy,
+        "validation_accuracy": evaluate(state, dataset.validation).accuracy,
+        **evaluation.policy_statistics(answers, table=table, spec=setting.spec, settled=settled),
+        "latency_vs_difficulty": _rank_correlation(table_ms, difficulty),
     }
 
 

@@ -72,23 +72,35 @@ def is_first() -> bool:
 def from_first(make: Callable[[], Value]) -> Value:
     """What process 0 makes of it, in every process: for files, clocks and whatever may differ.
 
-    An InputError there is raised here as well, so that all processes end by the same mistake.
+    Where it fails there, all processes end: by the same InputError, or else the first by its own
+    exception and the others by an InputError that names it.
 
     Args:
       make: called in process 0 alone; its value travels by pickle, so arrays are on the host.
     """
     if jax.process_count() == 1:
         return make()
-    outcome: tuple[Value | None, InputError | None] = (None, None)
+    made, failure = b"", None
     if is_first():
         try:
-            outcome = make(), None
-        except InputError as error:
-            outcome = None, error
-    value, error = pickle.loads(_broadcast(pickle.dumps(outcome)))
+            made = pickle.dumps((make(), None))
+        except Exception as error:  # Of whatever kind: the other processes wait for an answer.
+            failure = error
+            made = pickle.dumps((None, _for_the_others(error)))
+    value, error = pickle.loads(_broadcast(made))
+    if failure is not None:
+        raise failure
     if error is not None:
         raise error
     return value
+
+
+def _for_the_others(error: Exception) -> InputError:
+    """What ends them where the first process ended by this."""
+    if isinstance(error, InputError):
+        return error
+    text = " ".join(repr(error).split())[:200]
+    return InputError(f"process 0 failed ({text}): see what it printed")
 
 
 def _broadcast(data: bytes) -> bytes:

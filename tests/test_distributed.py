@@ -24,11 +24,32 @@ PROGRAM = (
     "run.main(Config('synthetic'))"
 )
 
+MISTAKES = """
+import sys
+from instanas_jax import parallel
+from instanas_jax.errors import InputError
+
+def mistake(): raise InputError("no such table")
+def defect(): return {}["no such"]
+def no_pickle(): return lambda: None
+
+parallel.initialise(coordinator=sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+for make in (mistake, defect, no_pickle, lambda: 7):
+    try:
+        print("GOT", parallel.from_first(make))
+    except Exception as error:
+        print("GOT", type(error).__name__, error)
+"""
+
 
 def start(arguments: list[str], *, devices: int) -> subprocess.Popen:
+    return start_code(PROGRAM, [*TINY, "--variants=1", *arguments], devices=devices)
+
+
+def start_code(code: str, arguments: list[str], *, devices: int) -> subprocess.Popen:
     flags = os.environ["XLA_FLAGS"].replace("device_count=4", f"device_count={devices}")
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *TINY, "--variants=1", *arguments],
+        [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": flags},
         stdout=subprocess.PIPE,
@@ -108,3 +129,18 @@ def test_a_mistake_of_the_first_process_is_raised_as_it_is():
 
     with pytest.raises(InputError, match="no such table"):
         parallel.from_first(mistake)
+
+
+def test_whatever_fails_in_the_first_process_all_end():
+    address = f"localhost:{free_port()}"
+    outputs = finish(
+        [start_code(MISTAKES, [address, str(process)], devices=1) for process in range(2)]
+    )
+    first, second = (
+        [line for line in output.splitlines() if line.startswith("GOT")] for output in outputs
+    )
+    assert first[0] == second[0] == "GOT InputError no such table"
+    assert first[1].startswith("GOT KeyError")
+    assert second[1].startswith("GOT InputError process 0 failed (KeyError(")
+    assert first[2] != second[2] and second[2].startswith("GOT InputError process 0 failed (")
+    assert first[3:] == second[3:] == ["GOT 7"]  # The processes are still in step.
