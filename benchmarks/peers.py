@@ -6,6 +6,7 @@ compared as well as times. Peers live in `requirements-peers.txt`; where one is 
 """
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from instanas_jax import channels, skipping, supernet
+from instanas_jax import plain_layers, skipping, supernet
+from instanas_jax.plain_layers import Conv, Path
 from instanas_jax.policy import Settled
-from instanas_jax.search_space import CANDIDATE_OPS, CellSpec, SupernetSpec
+from instanas_jax.search_space import SupernetSpec
 
 Run = Callable[[np.ndarray], np.ndarray]  # Normalised [B, 3, H, W] float32 to class logits [B, K].
 
@@ -28,23 +30,6 @@ def require(package: str) -> None:
     """Missing, with its remedy, unless the package can be imported."""
     if not importlib.util.find_spec(package):
         raise Missing(f"{package} is not installed: pip install -r requirements-peers.txt")
-
-
-@dataclasses.dataclass(frozen=True)
-class Conv:
-    """One convolution of a subnet, batch norm folded in."""
-
-    kernel: np.ndarray  # [C_out, C_in / groups, k, k]
-    bias: np.ndarray  # [C_out]
-    stride: int
-    groups: int
-    activation: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Path:
-    convs: tuple[Conv, ...]
-    adds_input: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,42 +55,15 @@ def subnet(spec: SupernetSpec, variables: dict[str, Any], architecture: np.ndarr
     )
     cells = []
     for cell, paths in zip(spec.cells, weights["paths"], strict=True):
-        active = tuple(_path(cell, op, paths[op]) for op in paths)
+        active = tuple(plain_layers.path(cell, op, paths[op]) for op in paths)
         cells.append((active, 1.0 / max(len(active), 1) if spec.join == "mean" else 1.0))
     classifier = weights["classifier"]
     return Subnet(
-        stem=_conv(weights["stem"], stride=spec.stem_stride),
+        stem=plain_layers.conv(weights["stem"], stride=spec.stem_stride),
         cells=tuple(cells),
-        head=_conv(weights["head"]),
+        head=plain_layers.conv(weights["head"]),
         classifier=(classifier["kernel"], classifier["bias"]),
     )
-
-
-def _path(cell: CellSpec, op: int, weights: dict[str, Any]) -> Path:
-    if op == channels.BASIC_OP:
-        first = _conv(weights["first"], stride=cell.stride)
-        return Path((first, _conv(weights["second"], activation="relu6")), adds_input=False)
-    hidden = cell.in_channels * CANDIDATE_OPS[op].expansion
-    return Path(
-        (
-            _conv(weights["expand"]),
-            _conv(weights["depthwise"], stride=cell.stride, groups=hidden),
-            _conv(weights["project"], activation="none"),
-        ),
-        adds_input=cell.has_residual,
-    )
-
-
-def _conv(
-    folded: dict[str, Any], *, stride: int = 1, groups: int = 1, activation: str = "relu"
-) -> Conv:
-    kernel = folded["kernel"]
-    if kernel.ndim == 2:  # Pointwise [C_in, C_out].
-        kernel = kernel[None, None]
-    elif kernel.ndim == 3:  # Depthwise [k, k, C].
-        kernel = kernel[:, :, None]
-    kernel = np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
-    return Conv(kernel, folded["bias"], stride, groups, activation)
 
 
 def torch_eager(net: Subnet, *, folded: bool, threads: int) -> Run:
@@ -167,87 +125,30 @@ def torch_eager(net: Subnet, *, folded: bool, threads: int) -> Run:
 
 def onnx_model(net: Subnet, *, image_size: int) -> bytes:
     """The subnet as a serialised ONNX graph from `images` [B, 3, H, W] to `class_logits`."""
-    from onnx import TensorProto, helper, numpy_helper  # pyright: ignore[reportMissingImports]
+    from instanas_jax import onnx_graph  # Which needs a package that may be missing.
 
-    nodes: list[Any] = []
-    initialisers: list[Any] = []
-
-    def constant(array: np.ndarray | float) -> str:
-        name = f"weight_{len(initialisers)}"
-        initialisers.append(numpy_helper.from_array(np.asarray(array, np.float32, order="C"), name))
-        return name
-
-    def add(kind: str, *inputs: str, **attributes: Any) -> str:
-        name = f"value_{len(nodes)}"
-        nodes.append(helper.make_node(kind, list(inputs), [name], **attributes))
-        return name
-
-    def apply(x: str, conv: Conv) -> str:
-        size = conv.kernel.shape[-1]
-        y = add(
-            "Conv",
-            x,
-            constant(conv.kernel),
-            constant(conv.bias),
-            kernel_shape=[size, size],
-            strides=[conv.stride] * 2,
-            pads=[size // 2] * 4,
-            group=conv.groups,
-        )
-        if conv.activation == "none":
-            return y
-        if conv.activation == "relu":
-            return add("Relu", y)
-        return add("Clip", y, constant(0.0), constant(6.0))
-
-    x = apply("images", net.stem)
+    graph = onnx_graph.Graph()
+    x = graph.conv("images", net.stem)
     for paths, scale in net.cells:
-        outputs = []
-        for path in paths:
-            y = x
-            for conv in path.convs:
-                y = apply(y, conv)
-            outputs.append(add("Add", x, y) if path.adds_input else y)
+        outputs = [graph.path(x, path) for path in paths]
         if outputs:
-            x = outputs[0]
-            for output in outputs[1:]:
-                x = add("Add", x, output)
-            x = x if scale == 1.0 else add("Mul", x, constant(scale))
-    features = add("Flatten", add("GlobalAveragePool", apply(x, net.head)))
+            x = functools.reduce(lambda left, right: graph.add("Add", left, right), outputs)
+            x = x if scale == 1.0 else graph.add("Mul", x, graph.constant(scale))
+    features = graph.mean_over_positions(graph.conv(x, net.head))
     kernel, bias = net.classifier
-    nodes.append(
-        helper.make_node(
-            "Gemm", [features, constant(kernel), constant(bias)], ["class_logits"], alpha=1.0
-        )
-    )
-    graph = helper.make_graph(
-        nodes,
-        "subnet",
-        [
-            helper.make_tensor_value_info(
-                "images", TensorProto.FLOAT, ["batch", 3, image_size, image_size]
-            )
-        ],
-        [helper.make_tensor_value_info("class_logits", TensorProto.FLOAT, ["batch", len(bias)])],
-        initialisers,
-    )
-    opset = helper.make_opsetid("", 17)
-    model = helper.make_model(graph, opset_imports=[opset], ir_version=9)
-    return model.SerializeToString()
+    graph.linear(features, kernel, bias, result="class_logits")
+    images = onnx_graph.value("images", np.float32, ["batch", 3, image_size, image_size])
+    class_logits = onnx_graph.value("class_logits", np.float32, ["batch", len(bias)])
+    return onnx_graph.model(graph.finish("subnet", [images], [class_logits])).SerializeToString()
 
 
 def onnx_runtime(net: Subnet, *, image_size: int, threads: int) -> Run:
     """ONNX Runtime on CPUs with all of its graph optimisations."""
     for package in ("onnx", "onnxruntime"):
         require(package)
-    import onnxruntime  # pyright: ignore[reportMissingImports]
+    from instanas_jax import onnx_graph
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        onnx_model(net, image_size=image_size), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnx_graph.session(onnx_model(net, image_size=image_size), threads=threads)
 
     def run(images: np.ndarray) -> np.ndarray:
         return np.asarray(session.run(["class_logits"], {"images": images})[0])

@@ -5,13 +5,15 @@ python -m benchmarks.skip_speedup --output=benchmarks/results/skip_speedup.json
 Every execution answers the same images under the same masks, in turn (A B B A), once on one thread
 and once on two. `skipping` holds the controller and decides anew for each image;
 `static_controller` is the subnet compiled for its mask, then the controller; `static` the subnet
-alone, and so are the peers. `masked` computes every path. One image is answered in several
-processes, which compile anew, each in another order: where weights and programs happen to lie in
-memory is worth a tenth. A turn's first calls are not timed: after another network a program takes
-up to 1.15 times as long for some six images, the more of them the more weights and code it has, and
-what is deployed answers many in a row. Batches are shared out among as many programs as there are
-threads. With --workdir a trained variant answers validation images as well, under the masks of its
-controller.
+alone, and so are the peers. `exported` is ONNX Runtime too, on the file that `experiments.export`
+writes: controller and skipping inside. `masked` computes every path. One image is answered in
+several processes, which compile anew, each in another order: where weights and programs happen to
+lie in memory is worth a tenth. A turn's first calls are not timed: after another network a program
+takes up to 1.15 times as long for some six images, the more of them the more weights and code it
+has, and what is deployed answers many in a row. Batches are shared out among as many programs as
+there are threads. With --workdir a trained variant answers validation images as well, under the
+masks of its controller, and beside it MobileNetV2 of the run's width, whose time in ONNX Runtime is
+what a variant has to be faster than.
 """
 
 import functools
@@ -87,7 +89,8 @@ def _one_image(
     for name in timing.rotated(makers, first):
         calls[name] = makers[name]()
         jax.block_until_ready(calls[name]())
-    return {**calls, **subjects.peers(mask, image, threads=threads)}
+    exported = subjects.exported(mask, image, threads=threads)
+    return {**calls, **exported, **subjects.peers(mask, image, threads=threads)}
 
 
 def _trained_images(masks: np.ndarray) -> dict[str, int]:
@@ -111,6 +114,9 @@ def _time_one_image(
             (name, subjects, subjects.images[place : place + 1], masks[place])
             for name, place in _trained_images(masks).items()
         ]
+        baseline = Subjects.random(subjects.spec, 1)
+        mobilenetv2 = baseline.masks()["mobilenetv2"]
+        cases.append(("trained_mobilenetv2", baseline, baseline.images, mobilenetv2))
     times = {}
     for name, subjects, image, mask in tqdm(cases, desc=f"one image, {threads} threads"):
         calls = _one_image(subjects, image, mask, threads, process)

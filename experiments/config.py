@@ -233,5 +233,9 @@ def validate_section(section: Any, *, prefix: str = "") -> None:
     if isinstance(section, RunConfig):
         if not section.static_ops:
             raise InputError("--static_ops is empty: name at least one op to compare with")
+        if len({*section.static_ops}) < len(section.static_ops):
+            raise InputError(
+                f"--static_ops={','.join(section.static_ops)} names an op twice: name each once"
+            )
         for name in section.static_ops:
             op_index(name)

@@ -147,7 +147,7 @@ def check_output(name: str) -> pathlib.Path:
     """A file that can be written, whose folder is made; InputError if it can't be."""
     path = pathlib.Path(name)
     if os.path.isdir(path):
-        raise InputError(f"--output={name} is a folder: name a JSON file")
+        raise InputError(f"--output={name} is a folder: name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         trial = files.partial_of(path)

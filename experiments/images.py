@@ -167,6 +167,8 @@ def _eight_bits(image: Image.Image, *, tiff_tags: Any) -> Image.Image:
     levels = np.asarray(image).astype(np.uint32)
     if tiff_tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
         levels = white - levels
+    if isinstance(transparent := image.info.get("transparency"), int):  # One level, in PNG.
+        levels[levels == transparent] = white
     return Image.fromarray(((levels * 255 + white // 2) // white).astype(np.uint8))
 
 

@@ -222,18 +222,34 @@ class Pipeline:
     ) -> tuple[Plan, TrainState]:
         """And the state to finetune: the snapshot's policy, its decisions settled, with the weights
         that variants start from."""
+        settled = self._settled_before(name) or self._settle(snapshot)
+        state = dataclasses.replace(
+            snapshot
+            if self.config.finetune.start == "search"
+            else self._begin_of_statics(pretrained),
+            controller=controller.settle(snapshot.controller, settled),
+        )
+        return self.planner.variant(name, settled), state
+
+    def _settled_before(self, name: str) -> policy.Settled | None:
+        """With what a variant that has a checkpoint began: where images stream, deciding about all
+        of them again takes long."""
+
+        def read() -> policy.Settled | None:
+            state = stage_runner.newest(self.workdir.finetuning(name), self._fresh)
+            return state and controller.settled(self.spec, state.controller)
+
+        return parallel.from_first(read)
+
+    def _settle(self, snapshot: TrainState) -> policy.Settled:
+        """What the training images agree on."""
         section = self.config.finetune
         policy_logits = self.evaluate.policy_logits(snapshot, self.dataset.train)
-        settled = policy.Settled.by_thresholds(
+        return policy.Settled.by_thresholds(
             policy_logits >= section.threshold_spread,
             policy_logits >= -section.threshold_spread,
             tolerance=section.settle_tolerance,
         )
-        state = dataclasses.replace(
-            snapshot if section.start == "search" else self._begin_of_statics(pretrained),
-            controller=controller.settle(snapshot.controller, settled),
-        )
-        return self.planner.variant(name, settled), state
 
     def _pretrain(self, plan: Plan, fresh: TrainState) -> tuple[TrainState, float]:
         all_trained = self.planner.trained_paths.astype(np.float32)

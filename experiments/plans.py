@@ -80,8 +80,8 @@ class Planner:
 
     def static(self, name: str, architecture: np.ndarray) -> Plan:
         """A static network [L, O], from the pretrained supernet or, if variants do, from scratch,
-        with as many images as a variant's weights see from there on: in finetuning, and in the
-        search where they come from it."""
+        with as many images as the last variant's weights see from there on: in finetuning, and in
+        the search where they come from it."""
         section = dataclasses.replace(self.config.finetune, epochs=self._epochs_after_pretraining())
         return self._finetuning(
             name, policy.Settled.architecture(architecture), section, architecture

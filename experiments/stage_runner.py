@@ -1,5 +1,6 @@
 """Runs one stage to its end: resume, train, log, validate, save."""
 
+import functools
 import time
 import zlib
 from collections.abc import Callable
@@ -47,11 +48,14 @@ def run_stage(
 
     Returns:
       The final state on the host, and the seconds this stage has trained, resumes included.
+
+    Raises:
+      InputError: the training has diverged; what it has made since it was finite is not saved.
     """
     fresh = _saved(train_state.ravel(train_state.restart(jax.device_get(state))), 0.0)
     files = _StageFiles(checkpoints, keep_steps)
     done, saved = parallel.from_first(lambda: files.restore(fresh))
-    writer.truncate_after(done if done else -1, stage.name)
+    parallel.from_first(lambda: writer.truncate_after(done if done else -1, stage.name))
     # Resuming must start from the same bits as going on: the host copy of the state.
     host_state, seconds = saved["state"], float(saved["seconds"])
 
@@ -86,15 +90,27 @@ def run_stage(
             if done % eval_steps == 0 or done == total_steps or done in keep_steps:
                 rows.write()
                 host_state = parallel.unreplicate(device_state)
+                _check_finite(host_state, stage.name, done)
                 validation = validate(train_state.unravel(host_state), done)
                 writer.write(done, validation, stage.name)
                 if parallel.is_first():
                     tqdm.write(f"{stage.name} {done}/{total_steps}: {_postfix(validation)}")
                 elapsed = seconds + time.perf_counter() - started
                 saved = _saved(host_state, elapsed)
-                files.save(done, saved)
+                parallel.from_first(functools.partial(files.save, done, saved))
     files.close()
     return train_state.unravel(saved["state"]), float(saved["seconds"])
+
+
+def _check_finite(state: TrainState, stage_name: str, done: int) -> None:
+    """InputError if parameters are no numbers any more, of a raveled state on the host."""
+    parameters = {"supernet": state.supernet["params"], "controller": state.controller["params"]}
+    for network, packed in parameters.items():
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(packed)):
+            raise InputError(
+                f"{stage_name} has diverged: after {done} updates parameters of the {network} are "
+                "no numbers: lower the learning rate, and begin in another --workdir"
+            )
 
 
 class _LateRows:
@@ -167,6 +183,18 @@ def is_done(checkpoints: Path, total_steps: int) -> bool:
         return total_steps in manager.steps()
     finally:
         manager.close()
+
+
+def newest(checkpoints: Path, like: TrainState) -> TrainState | None:
+    """The state of a stage's newest readable checkpoint, on the host; None if it has none."""
+    if not checkpoints.is_dir():
+        return None
+    manager = checkpoint.StageCheckpoints(checkpoints)
+    try:
+        restored = manager.restore_latest(_saved(train_state.ravel(like), 0.0))
+    finally:
+        manager.close()
+    return train_state.unravel(restored[1]["state"]) if restored else None
 
 
 def kept_directory(checkpoints: Path) -> Path:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from experiments.config import RunConfig
 from experiments.workdir import RunFiles, load_table
 from instanas_jax import convolution, environment, inference, latency, profiling
+from instanas_jax.errors import InputError
 from instanas_jax.latency import LatencyTable
 from instanas_jax.search_space import SupernetSpec
 from instanas_jax.stage import Setting
@@ -43,8 +44,17 @@ def table_of_run(
     Args:
       path: of a table; None to measure one.
       allow_foreign: accept another device's.
+
+    Raises:
+      InputError: a table is damaged, or of something else, or not the one the run began with.
     """
-    if not files.latency_table.exists():
+    if files.latency_table.exists():
+        if path and not _is_same(latency.load(path, spec), load_table(files, spec)):
+            raise InputError(
+                f"{files.path} holds a run by another latency table than --latency_table={path}: "
+                "leave it out to go on with the run's own, or name another --workdir"
+            )
+    else:
         threads = section.inference_threads
         if path:
             device = environment.describe_device(inference_threads=threads)
@@ -55,6 +65,13 @@ def table_of_run(
     # Times as they are rounded in the file. A run that resumes on another machine keeps its table,
     # and so its reward.
     return load_table(files, spec)
+
+
+def _is_same(ours: LatencyTable, theirs: LatencyTable) -> bool:
+    """Whether they give the same times, as files round them."""
+    return np.allclose(ours.cells_ms, theirs.cells_ms, rtol=0.0, atol=1e-6) and np.allclose(
+        ours.settled_ms, theirs.settled_ms, rtol=0.0, atol=1e-6
+    )
 
 
 def profile(spec: SupernetSpec, rounds: int) -> LatencyTable:

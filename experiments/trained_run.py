@@ -117,7 +117,7 @@ def budget_curve(run: TrainedRun, variant: str) -> budget.Curve:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{run.files.results} holds no budgets of variant {variant} ({error!r}): delete it and "
-            "repeat the command of the run, or leave --latency_budget_ms out"
+            "repeat the command of the run"
         ) from error
 
 
@@ -159,7 +159,7 @@ def _final_step(run: TrainedRun) -> int:
 
 
 def _steps_done(run: TrainedRun, variant: str) -> list[int]:
-    if not run.files.checkpoints(f"finetune_{variant}").is_dir():
+    if not run.files.finetuning(variant).is_dir():
         return []
     checkpoints = _checkpoints(run, variant)
     try:
@@ -169,7 +169,7 @@ def _steps_done(run: TrainedRun, variant: str) -> list[int]:
 
 
 def _checkpoints(run: TrainedRun, variant: str) -> checkpoint.StageCheckpoints:
-    return checkpoint.StageCheckpoints(run.files.checkpoints(f"finetune_{variant}"))
+    return checkpoint.StageCheckpoints(run.files.finetuning(variant))
 
 
 def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -31,6 +31,10 @@ class RunFiles:
     def checkpoints(self, stage: str) -> Path:
         return self.path / "checkpoints" / stage
 
+    def finetuning(self, network: str) -> Path:
+        """Checkpoints of the stage that finetunes a network (`plans`)."""
+        return self.checkpoints(f"finetune_{network}")
+
 
 class Workdir(RunFiles):
     """A run's files, to write. Making one checks that the folder belongs to the configuration, and

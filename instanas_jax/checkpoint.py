@@ -1,5 +1,6 @@
 """Checkpoints of one stage, through orbax: save, restore, walk back over a damaged one."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ class StageCheckpoints:
     def __init__(self, directory: str | os.PathLike[str], *, keep: int | None = 2):
         self._directory = Path(directory).resolve()
         self._directory.mkdir(parents=True, exist_ok=True)
+        self._damaged: list[int] = []  # Whose places the next save clears.
         # Or orbax would wait for the other processes of a run.
         alone = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(), active_processes={jax.process_index()}
@@ -41,7 +43,13 @@ class StageCheckpoints:
         )
 
     def save(self, step: int, state: Any) -> None:
-        """Writes a host pytree as the checkpoint after `step` updates, if it is not there yet."""
+        """Writes a host pytree as the checkpoint after `step` updates, if it is not there yet.
+
+        Damaged ones that `restore_latest` passed over go first: Orbax saves no step before its
+        newest.
+        """
+        while self._damaged:
+            self._manager.delete(self._damaged.pop())
         if step not in self._manager.all_steps():
             self._manager.save(step, args=ocp.args.StandardSave(state))
 
@@ -52,7 +60,7 @@ class StageCheckpoints:
     def restore_latest(self, like: Any) -> tuple[int, Any] | None:
         """The newest readable checkpoint as (updates done, state on the host), or None.
 
-        Walks back over those that a full disk or a crash has damaged.
+        Walks back over those that a full disk or a crash has damaged, and says so.
 
         Args:
           like: a pytree of arrays or shapes with the structure of what was saved.
@@ -61,7 +69,11 @@ class StageCheckpoints:
             try:
                 return step, self.restore(step, like)
             except InputError:
-                continue
+                logging.getLogger(__name__).warning(
+                    "checkpoint %s is damaged: an earlier one is taken, or the stage begins anew",
+                    self._directory / str(step),
+                )
+                self._damaged.append(step)
         return None
 
     def restore(self, step: int, like: Any) -> Any:

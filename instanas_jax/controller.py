@@ -24,12 +24,12 @@ Variables = dict[str, Any]
 
 # Logits start near their biases, whatever the image.
 _INITIAL_LOGIT_GAIN = 0.1
-_GRID = 4  # Patches a side, of the kind of that name.
+GRID = 4  # Patches a side, of the kind of that name.
 # Of a settled path: its probability is 1 or 0 in float32, and has no gradient.
 _SETTLED_LOGIT = 200.0
 
 
-def _segments(spec: SupernetSpec) -> tuple[tuple[int, int], ...]:
+def segments(spec: SupernetSpec) -> tuple[tuple[int, int], ...]:
     """(channels, stride) of each segment's residual block, if any."""
     width = spec.controller_channels
     if spec.controller == "patches":
@@ -44,8 +44,8 @@ def cost(spec: SupernetSpec) -> Cost:
     outputs = spec.num_cells * spec.mask_shape[1]
     if spec.controller == "patches":
         hidden = _hidden_channels(spec)
-        total = conv_cost(_GRID, 1, 3 * (size // _GRID) ** 2, channels)
-        total += conv_cost(1, 1, _GRID**2 * channels, hidden)
+        total = conv_cost(GRID, 1, 3 * (size // GRID) ** 2, channels)
+        total += conv_cost(1, 1, GRID**2 * channels, hidden)
         return total + Cost(2 * hidden * outputs, hidden * outputs + outputs)
     if spec.controller == "residual_large":
         size = (size + 1) // 2
@@ -53,7 +53,7 @@ def cost(spec: SupernetSpec) -> Cost:
         size = (size + 1) // 2
     else:
         total = conv_cost(size, 3, 3, channels)
-    for out_channels, stride in _segments(spec):
+    for out_channels, stride in segments(spec):
         projects = _projects(spec, channels, out_channels, stride)
         size = (size - 1) // stride + 1
         total += conv_cost(size, 3, channels, out_channels)
@@ -72,9 +72,9 @@ def _hidden_channels(spec: SupernetSpec) -> int:
 def _patches(x: jax.Array) -> jax.Array:
     """[B, S, S, C] as a grid of its patches, [B, G, G, S / G * S / G * C]."""
     batch, size, _, channels = x.shape
-    side = size // _GRID
-    tiles = x.reshape(batch, _GRID, side, _GRID, side, channels).transpose(0, 1, 3, 2, 4, 5)
-    return tiles.reshape(batch, _GRID, _GRID, side * side * channels)
+    side = size // GRID
+    tiles = x.reshape(batch, GRID, side, GRID, side, channels).transpose(0, 1, 3, 2, 4, 5)
+    return tiles.reshape(batch, GRID, GRID, side * side * channels)
 
 
 def _joined(x: jax.Array) -> jax.Array:
@@ -149,7 +149,7 @@ class _Controller(nn.Module):
             x = _max_pool(x)
         else:
             x = ConvBatchNorm("dense", channels, 3, name="stem", **common)(x)
-        for index, (channels, stride) in enumerate(_segments(spec)):
+        for index, (channels, stride) in enumerate(segments(spec)):
             projects = _projects(spec, x.shape[-1], channels, stride)
             x = _Block(channels, stride, projects, name=f"segment_{index}", **common)(x)
         features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
@@ -260,7 +260,7 @@ def apply_eval(
         x = _max_pool(x)
     else:
         x = layers.conv_bias(x, folded["stem"], kind="dense", lowering=lowering)
-    for index, (channels, stride) in enumerate(_segments(spec)):
+    for index, (channels, stride) in enumerate(segments(spec)):
         x = _apply_block(folded[f"segment_{index}"], x, channels, stride, lowering)
     features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
     logits = features @ folded["logits"]["kernel"] + folded["logits"]["bias"]

@@ -47,7 +47,6 @@ class Batch(TypedDict):
 
     image: np.ndarray  # [B, H, W, 3] uint8
     label: np.ndarray  # [B] int32
-    weight: np.ndarray  # [B] float32: 1 for a real image, 0 for padding
 
 
 def load(
@@ -186,7 +185,7 @@ def train_schedule(
 def eval_batches(
     images: Images, *, batch_size: int, share: slice = slice(None)
 ) -> Generator[Batch, None, None]:
-    """Every image exactly once, in order; the last batch is padded with zeros of weight 0.
+    """Every image exactly once, in order; the last batch is padded with zeros.
 
     Args:
       batch_size: of the whole batch.
@@ -259,11 +258,7 @@ def _batch(images: ImageSet, rows: int) -> Batch:
     def padded(array: np.ndarray) -> np.ndarray:
         return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing else array
 
-    return Batch(
-        image=padded(images.images),
-        label=padded(images.labels),
-        weight=padded(np.ones(len(images), np.float32)),
-    )
+    return Batch(image=padded(images.images), label=padded(images.labels))
 
 
 # Two, as threads that read ahead are in two epochs at times.

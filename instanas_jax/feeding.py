@@ -41,7 +41,7 @@ def train_batches(
       resident: as `is_resident` says by default.
 
     Yields:
-      {"image", "label", "weight"}, each [devices, B / devices, ...].
+      {"image", "label"}, each [devices, B / devices, ...].
 
     Raises:
       InputError: see `data.train_batches`.
@@ -76,5 +76,4 @@ def _from_devices(images: ImageSet, schedule: data.Schedule) -> Generator[Any, N
 
 
 def _take(images: dict[str, jax.Array], indices: jax.Array) -> dict[str, jax.Array]:
-    chosen = {name: array[indices] for name, array in images.items()}
-    return {**chosen, "weight": jax.numpy.ones(len(indices))}
+    return {name: array[indices] for name, array in images.items()}

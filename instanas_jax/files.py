@@ -16,10 +16,15 @@ _held: dict[Path, TextIO] = {}  # Open: the system drops a lock when its file is
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes a file under another name and renames it; one that was there is replaced."""
     partial = partial_of(path)
     try:
-        partial.write_text(text)
+        partial.write_bytes(content)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

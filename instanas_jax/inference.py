@@ -22,7 +22,7 @@ from instanas_jax import (
 )
 from instanas_jax.search_space import SupernetSpec
 
-Predict = Callable[[np.ndarray], tuple[jax.Array, jax.Array | np.ndarray]]
+Predict = Callable[[np.ndarray], tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]]
 Rule = Callable[[jax.Array], jax.Array]
 
 

@@ -43,6 +43,19 @@ def _convolve(
     return convolution.dense(x, kernel, stride=stride, lowering=lowering)
 
 
+def dropout(keys: jax.Array, features: jax.Array, *, rate: float) -> jax.Array:
+    """Dropout in training, of every image by a key of its own, wherever in the batch it stands.
+
+    Args:
+      keys: [B] typed keys.
+      features: [B, C].
+      rate: the share that becomes 0.
+    """
+    keep = 1.0 - rate
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep, features.shape[1:]))(keys)
+    return jnp.where(kept, features / keep, 0.0)
+
+
 class ConvBatchNorm(nn.Module):
     """Convolution without bias, batch norm over the global batch, activation; training mode.
 

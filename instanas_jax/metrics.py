@@ -1,71 +1,14 @@
-"""Sums and counts over batches, and writers of scalars to JSONL, CSV and TensorBoard.
+"""Writers of scalars to JSONL and TensorBoard, which a resume leaves as if it had never stopped."""
 
-An evaluator returns sums and a count rather than means, so that a zero-padded last batch, or a
-batch split over devices, counts every image exactly once.
-"""
-
-import csv
 import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import jax
-import jax.numpy as jnp
-
+from instanas_jax import files
 from instanas_jax.errors import InputError
-
-COUNT = "count"
-Sums = Mapping[str, Any]  # scalars: JAX or numpy arrays, or Python numbers
-
-
-def weighted_sums(weight: jax.Array, **values: jax.Array) -> dict[str, jax.Array]:
-    """Sums each `[B]` value over the images whose weight is not zero.
-
-    Args:
-      weight: `[B]`, 1 for a real image and 0 for padding.
-      **values: per-image figures, each `[B]`. A NaN in a padded row does not reach the sum.
-
-    Returns:
-      Scalars: the weighted sum of each value, and `count`, the sum of the weights.
-    """
-    sums = {
-        name: jnp.sum(jnp.where(weight > 0, weight * value, 0.0)) for name, value in values.items()
-    }
-    return {**sums, COUNT: jnp.sum(weight)}
-
-
-def correct_and_count(
-    class_logits: jax.Array, labels: jax.Array, weight: jax.Array
-) -> dict[str, jax.Array]:
-    """The number of correct top-1 answers under the name `accuracy`, and `count`.
-
-    Args:
-      class_logits: `[B, K]`.
-      labels: `[B]` int.
-      weight: `[B]`, 1 for a real image and 0 for padding.
-    """
-    correct = (jnp.argmax(class_logits, axis=-1) == labels).astype(jnp.float32)
-    return weighted_sums(weight, accuracy=correct)
-
-
-def add(left: Sums, right: Sums) -> dict[str, Any]:
-    """Adds two batches' sums, name by name; raises ValueError if their names differ."""
-    if left.keys() != right.keys():
-        raise ValueError(f"cannot add sums of {sorted(left)} to sums of {sorted(right)}")
-    return {name: left[name] + right[name] for name in left}
-
-
-def mean(sums: Sums) -> dict[str, float]:
-    """Divides each sum by `count`; NaN where no image was counted."""
-    count = float(sums[COUNT])
-    return {
-        name: float(total) / count if count else math.nan
-        for name, total in sums.items()
-        if name != COUNT
-    }
 
 
 class Writer(Protocol):
@@ -79,9 +22,10 @@ class Writer(Protocol):
         ...
 
     def truncate_after(self, step: int, stage: str) -> None:
-        """Forgets what was recorded after `step` of `stage`.
+        """Forgets what was recorded after `step` of `stage`, and of no other stage.
 
-        Call it when a run resumes from a checkpoint of that step: the steps since are made again.
+        Call it when a stage begins, or resumes from a checkpoint of that step: the steps since are
+        made again.
         """
         ...
 
@@ -109,42 +53,26 @@ class JsonlWriter:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def truncate_after(self, step: int, stage: str) -> None:
-        def position(line: str) -> tuple[str, int]:
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        kept = [
+            line
+            for number, line in enumerate(lines, start=1)
+            if not self._is_stale(number, line, step, stage)
+        ]
+        if len(kept) < len(lines):
+            self._file.close()
+            files.write_bytes(self._path, b"".join(kept))
+            self._file = _open_for_append(self._path)
+
+    def _is_stale(self, number: int, line: bytes, step: int, stage: str) -> bool:
+        try:
             row = json.loads(line)
-            return row["stage"], row["step"]
-
-        _cut_at_first_stale_line(self._path, position, step=step, stage=stage)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class CsvWriter:
-    """Appends one scalar a line under the header `stage,step,name,value`.
-
-    The long form lets stages record different scalars in one file.
-    """
-
-    _HEADER = ("stage", "step", "name", "value")
-
-    def __init__(self, path: str | os.PathLike[str]):
-        self._path = pathlib.Path(path)
-        self._file = _open_for_append(self._path)
-        self._csv = csv.writer(self._file, lineterminator="\n")
-        if self._path.stat().st_size == 0:
-            self._csv.writerow(self._HEADER)
-
-    def write(self, step: int, scalars: Mapping[str, float], stage: str) -> None:
-        for name, value in scalars.items():
-            self._csv.writerow((stage, int(step), name, float(value)))
-
-    def truncate_after(self, step: int, stage: str) -> None:
-        def position(line: str) -> tuple[str, int]:
-            row = next(csv.reader([line]))
-            # The header belongs to no stage, so it is never stale.
-            return ("", 0) if row == list(self._HEADER) else (row[0], int(row[1]))
-
-        _cut_at_first_stale_line(self._path, position, step=step, stage=stage)
+            return row["stage"] == stage and row["step"] > step
+        except (ValueError, LookupError, TypeError) as error:
+            raise InputError(
+                f"line {number} of {self._path} is not a row of metrics; move the file away to go "
+                "on"
+            ) from error
 
     def close(self) -> None:
         self._file.close()
@@ -209,26 +137,3 @@ def _open_for_append(path: pathlib.Path):
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     return path.open("a", buffering=1, encoding="utf-8", newline="")
-
-
-def _cut_at_first_stale_line(
-    path: pathlib.Path, position: Callable[[str], tuple[str, int]], *, step: int, stage: str
-) -> None:
-    """Truncates the file where the run first went past `step` of `stage`.
-
-    Lines stand in the order they were written, so whatever follows, of any stage, was made by the
-    steps that are about to be made again.
-    """
-    kept_bytes = 0
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        try:
-            line_stage, line_step = position(line.decode())
-            is_stale = line_stage == stage and line_step > step
-        except (ValueError, LookupError, TypeError) as error:
-            raise InputError(
-                f"line {number} of {path} is not a row of metrics; move the file away to go on"
-            ) from error
-        if is_stale:
-            os.truncate(path, kept_bytes)
-            return
-        kept_bytes += len(line)

@@ -213,6 +213,7 @@ def search(
             images,
             labels,
             masks,
+            dropout_keys=draws.dropout,
             sgd=supernet_sgd,
             learning_rate=supernet_rate(state.step),
         )

@@ -50,8 +50,8 @@ def prepare_weights(
 
 def in_branch(spec: SupernetSpec, settled: policy.Settled | None = None) -> dict[str, Any]:
     """For `packing.pack`: which of the weights of `prepare_weights` are read inside a branch."""
-    plans = _plans(spec, _or_nothing(spec, settled))
-    return {**dict.fromkeys(_ENDS, False), "paths": [not plan.always for plan in plans]}
+    always = [plan.always for plan in plans(spec, _or_nothing(spec, settled))]
+    return {**dict.fromkeys(_ENDS, False), "paths": [not is_always for is_always in always]}
 
 
 def apply_skipping(
@@ -99,13 +99,13 @@ def apply_deciding(
       Class logits and the mask.
     """
     settled = _or_nothing(spec, settled)
-    plans = _plans(spec, settled)
+    cell_plans = plans(spec, settled)
     first_undecided = np.append(np.flatnonzero(settled.undecided_cells), spec.num_cells)[0]
     ends = packing.read({name: weights[name] for name in _ENDS})
 
     def run_cells(cells: range, x: jax.Array, decisions: _Decisions | None = None) -> jax.Array:
         for index in cells:
-            cell, plan = spec.cells[index], plans[index]
+            cell, plan = spec.cells[index], cell_plans[index]
             runs = _path_programs(cell, weights["paths"][index], lowering)
             if plan.always:
                 x = _apply_all(runs, plan.ops, x, spec.join)
@@ -125,7 +125,7 @@ def apply_deciding(
         return class_logits, checked(decide(class_logits))
     # One mask, whether it is read here or is a result.
     mask = lax.optimization_barrier(checked(decide(x)))
-    decisions = _decisions(plans, spec.forced_cells, mask[0])
+    decisions = _decisions(cell_plans, spec.forced_cells, mask[0])
     x = run_cells(range(first_undecided, spec.num_cells), x, decisions)
     return supernet.apply_head(ends, x, lowering=lowering), mask
 
@@ -135,7 +135,7 @@ def _or_nothing(spec: SupernetSpec, settled: policy.Settled | None) -> policy.Se
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What one cell may decide.
 
     Attributes:
@@ -153,7 +153,8 @@ class _Plan:
     always: bool
 
 
-def _plans(spec: SupernetSpec, settled: policy.Settled) -> list[_Plan]:
+def plans(spec: SupernetSpec, settled: policy.Settled) -> list[Plan]:
+    """What each cell may decide, where so much is settled."""
     may_run = settled.may_run(spec.forced_cells)
     return [
         _plan(
@@ -166,12 +167,10 @@ def _plans(spec: SupernetSpec, settled: policy.Settled) -> list[_Plan]:
     ]
 
 
-def _plan(
-    running: tuple[int, ...], on: tuple[int, ...], is_settled: bool, forces_op: bool
-) -> _Plan:
+def _plan(running: tuple[int, ...], on: tuple[int, ...], is_settled: bool, forces_op: bool) -> Plan:
     if is_settled:
-        return _Plan(running, (), several=False, none=False, always=True)
-    return _Plan(
+        return Plan(running, (), several=False, none=False, always=True)
+    return Plan(
         running,
         alone=running if not on else on if len(on) == 1 else (),
         several=len(running) > 1,
@@ -192,20 +191,20 @@ class _Decisions(NamedTuple):
     branches: jax.Array
 
 
-def _decisions(plans: list[_Plan], forced_cells: np.ndarray, mask: jax.Array) -> _Decisions:
+def _decisions(cell_plans: list[Plan], forced_cells: np.ndarray, mask: jax.Array) -> _Decisions:
     """What each cell does under a mask [L, O], the empty-cell rule applied.
 
     Two kernels, the second one giving the indices of all switches: what is computed cell by cell,
     or beside the chain, costs each image some microseconds.
     """
     bits = np.zeros(mask.shape, np.int32)
-    for index, plan in enumerate(plans):
+    for index, plan in enumerate(cell_plans):
         bits[index, list(plan.ops)] = 1 << np.arange(len(plan.ops))
     forced = np.where(forced_cells, bits[:, FORCED_OP], 0)  # `policy.resolve_empty_cells`, by bits.
-    several = np.array([len(plan.alone) for plan in plans], np.int32)
-    none = np.array([len(plan.alone) + plan.several for plan in plans], np.int32)
+    several = np.array([len(plan.alone) for plan in cell_plans], np.int32)
+    none = np.array([len(plan.alone) + plan.several for plan in cell_plans], np.int32)
     # Where fewer ops run alone than may run, that is one op, or none.
-    each_alone = np.array([plan.alone == plan.ops for plan in plans], np.int32)
+    each_alone = np.array([plan.alone == plan.ops for plan in cell_plans], np.int32)
 
     codes = jnp.sum((mask > 0.5) * bits, axis=-1)
     # A barrier, or XLA would sum again for each switch.
@@ -227,7 +226,7 @@ def _path_programs(
 
 def _apply_decided(
     cell: CellSpec,
-    plan: _Plan,
+    plan: Plan,
     runs: dict[int, _Path],
     x: jax.Array,
     decisions: _Decisions,

@@ -21,7 +21,7 @@ from instanas_jax import augment, controller, convolution, layers, optimizers, p
 from instanas_jax.search_space import SupernetSpec
 from instanas_jax.train_state import TrainState
 
-Batch = dict[str, jax.Array]  # image uint8 [B, H, W, 3], label int32 [B], weight float32 [B]
+Batch = dict[str, jax.Array]  # image uint8 [B, H, W, 3], label int32 [B]
 Inputs = dict[str, jax.Array]  # What `Phase.prepare` decided for one update.
 Metrics = dict[str, jax.Array]
 
@@ -78,6 +78,7 @@ class Draws:
     augment: jax.Array
     mask: jax.Array
     mix: jax.Array
+    dropout: jax.Array
     batch: jax.Array
 
 
@@ -94,6 +95,7 @@ def draw_keys(setting: Setting, stage: str, step: jax.Array, batch_size: int) ->
         augment=per_image(0),
         mask=per_image(1),
         mix=per_image(3),
+        dropout=per_image(4),
         batch=jax.random.fold_in(key, 2),
     )
 
@@ -164,16 +166,18 @@ def supernet_inputs(
     *,
     sgd: optimizers.SgdSettings,
     learning_rate: jax.typing.ArrayLike,
+    dropout_keys: jax.Array | None = None,
     targets: jax.Array | None = None,
 ) -> Inputs:
     """What `supernet_update` reads; numbers rather than constants, so that stages share it.
 
     Args:
       labels: [B], by which metrics count right answers.
+      dropout_keys: [B] typed keys, read where the spec has dropout.
       targets: [B, K], by which the network is trained: the distribution over classes that it
         should give to each image; by default the labels, without doubt.
     """
-    return {
+    inputs = {
         "image": images,
         "label": labels,
         "target": certain_targets(spec, labels) if targets is None else targets,
@@ -182,6 +186,10 @@ def supernet_inputs(
         "momentum": jnp.asarray(sgd.momentum, jnp.float32),
         "weight_decay": jnp.asarray(sgd.weight_decay, jnp.float32),
     }
+    if spec.head_dropout > 0.0:
+        assert dropout_keys is not None
+        inputs["dropout"] = jax.random.key_data(dropout_keys)
+    return inputs
 
 
 def some_paths(paths: np.ndarray) -> tuple[tuple[bool, ...], ...] | None:
@@ -201,7 +209,7 @@ def supernet_update(
     """
 
     def update(state: TrainState, inputs: Inputs) -> tuple[TrainState, Metrics]:
-        dropout_key = jax.random.fold_in(jax.random.key(setting.seed), state.step)
+        dropout_keys = jax.random.wrap_key_data(inputs["dropout"]) if "dropout" in inputs else None
 
         def loss_fn(variables):
             class_logits, moments = supernet.apply_train(
@@ -209,7 +217,7 @@ def supernet_update(
                 variables,
                 inputs["image"],
                 inputs["mask"],
-                dropout_key=dropout_key,
+                dropout_keys=dropout_keys,
                 lowering=setting.lowering,
                 dtype=setting.dtype,
                 axis_name=setting.axis_name,

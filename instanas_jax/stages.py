@@ -66,7 +66,13 @@ def pretrain(
         mask = policy.path_dropout(draws.mask, paths, setting.spec.forced_cells, keep)
         images = augmented(setting, draws, batch)
         return supernet_inputs(
-            setting.spec, images, labels, mask, sgd=sgd, learning_rate=rate(state.step)
+            setting.spec,
+            images,
+            labels,
+            mask,
+            dropout_keys=draws.dropout,
+            sgd=sgd,
+            learning_rate=rate(state.step),
         )
 
     update = supernet_update(setting, some_paths(paths))
@@ -126,6 +132,7 @@ def finetune(
             images,
             labels,
             mask,
+            dropout_keys=draws.dropout,
             sgd=sgd,
             learning_rate=rate(state.step),
             targets=targets,

@@ -36,7 +36,7 @@ class _Supernet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, mask: jax.Array, dropout_key: jax.Array | None
+        self, images: jax.Array, mask: jax.Array, dropout_keys: jax.Array | None
     ) -> jax.Array:
         spec = self.spec
         common = {"lowering": self.lowering, "axis_name": self.axis_name}
@@ -52,8 +52,8 @@ class _Supernet(nn.Module):
             x = module(x, resolved[:, index], identity[:, index])
         x = ConvBatchNorm("pointwise", spec.head_channels, name="head", **common)(x)
         features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
-        if spec.head_dropout > 0.0 and dropout_key is not None:
-            features = nn.Dropout(spec.head_dropout, deterministic=False)(features, rng=dropout_key)
+        if spec.head_dropout > 0.0 and dropout_keys is not None:
+            features = layers.dropout(dropout_keys, features, rate=spec.head_dropout)
         return nn.Dense(spec.num_classes, name="classifier")(features)
 
 
@@ -97,7 +97,7 @@ def apply_train(
     images: jax.Array,
     mask: jax.Array,
     *,
-    dropout_key: jax.Array | None = None,
+    dropout_keys: jax.Array | None = None,
     lowering: convolution.Lowering,
     dtype: Any = jnp.float32,
     axis_name: str | None = None,
@@ -110,7 +110,8 @@ def apply_train(
       variables: {"params", "batch_stats"}.
       images: normalised [B, H, W, 3].
       mask: [B, L, O].
-      dropout_key: needed only where the spec has dropout before the classifier.
+      dropout_keys: [B] typed keys, of dropout before the classifier where the spec has it; by
+        default none is done.
       dtype: of activations; parameters, statistics and logits are float32.
       axis_name: the device axis that shares the global batch, if any.
       paths: bool [L, O], those that masks may hold, the empty-cell rule applied; all by default.
@@ -126,7 +127,7 @@ def apply_train(
     enabled = _enabled_by(spec, paths)
     module = _Supernet(spec, enabled, lowering=lowering, axis_name=axis_name, remat=remat)
     class_logits, updated = module.apply(
-        variables, images.astype(dtype), mask, dropout_key, mutable=["batch_stats"]
+        variables, images.astype(dtype), mask, dropout_keys, mutable=["batch_stats"]
     )
     return class_logits, _merge(variables["batch_stats"], dict(updated["batch_stats"]))
 

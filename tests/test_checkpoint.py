@@ -34,22 +34,46 @@ def test_nothing_saved_restores_nothing(tmp_path):
     assert checkpoint.StageCheckpoints(tmp_path).restore_latest(state(0)) is None
 
 
+def damage(directory) -> None:
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        path.write_bytes(b"")
+
+
 def test_walks_back_over_a_damaged_checkpoint(tmp_path):
     checkpoints = checkpoint.StageCheckpoints(tmp_path)
     checkpoints.save(1, state(1))
     checkpoints.save(2, state(2))
-    damaged = 0
-    for path in (tmp_path / "2").rglob("*"):
-        if path.is_file():
-            path.write_bytes(b"")
-            damaged += 1
-    assert damaged > 0
+    damage(tmp_path / "2")
     reopened = checkpoint.StageCheckpoints(tmp_path)
     step, restored = reopened.restore_latest(state(0))
     assert step == 1
     np.testing.assert_array_equal(restored["a"], state(1)["a"])
     with pytest.raises(InputError, match="cannot be restored"):
         reopened.restore(2, state(0))
+
+
+@pytest.mark.parametrize("damaged", [[2], [1, 2]])
+def test_damaged_checkpoints_make_room_for_what_is_trained_again(tmp_path, damaged, caplog):
+    checkpoints = checkpoint.StageCheckpoints(tmp_path)
+    checkpoints.save(1, state(1))
+    checkpoints.save(2, state(2))
+    for step in damaged:
+        damage(tmp_path / str(step))
+    reopened = checkpoint.StageCheckpoints(tmp_path)
+    restored = reopened.restore_latest(state(0))
+    assert (restored is None) == (1 in damaged)
+    told = [record.getMessage() for record in caplog.records if record.name == checkpoint.__name__]
+    for step, message in zip(reversed(damaged), told, strict=True):
+        assert f"{tmp_path}/{step} is damaged" in message
+    assert reopened.steps() == [1, 2]  # Until there is something in their place.
+    for step in damaged:
+        reopened.save(step, state(step))
+    reopened.close()
+    again = checkpoint.StageCheckpoints(tmp_path)
+    for step in (1, 2):
+        np.testing.assert_array_equal(again.restore(step, state(0))["a"], state(step)["a"])
 
 
 def test_a_lost_snapshot_of_the_search_names_both_folders_to_delete(tmp_path):

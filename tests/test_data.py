@@ -238,7 +238,7 @@ class TestBatches:
             first, second = batches[2 * epoch : 2 * epoch + 2]
             seen = np.concatenate([first["label"], second["label"]])
             np.testing.assert_array_equal(seen, data.epoch_order(10, seed=0, epoch=epoch)[:8])
-            assert len(set(seen)) == 8 and first["weight"].tolist() == [1, 1, 1, 1]
+            assert len(set(seen)) == 8
 
     @pytest.mark.parametrize("size", [0, 11])
     def test_impossible_batch_size_is_refused_at_the_call(self, size: int):
@@ -249,9 +249,8 @@ class TestBatches:
     def test_evaluation_counts_every_image_once(self, count: int, size: int):
         batches = list(data.eval_batches(numbered(count), batch_size=size))
         assert all(len(batch["label"]) == size for batch in batches)
-        real = [label for b in batches for label in b["label"][b["weight"] == 1]]
-        assert real == list(range(count))
-        assert sum(batch["weight"].sum() for batch in batches) == count
+        seen = [label for batch in batches for label in batch["label"].tolist()]
+        assert seen == list(range(count)) + [0] * (len(seen) - count)
 
     @given(count=st.integers(1, 20), size=st.integers(1, 12), processes=st.integers(1, 4))
     def test_shares_concatenate_to_the_whole_batch(self, count, size, processes):
@@ -262,7 +261,7 @@ class TestBatches:
         def check(draw):
             parts = [list(draw(share)) for share in shares]
             for whole, *pieces in zip(draw(slice(None)), *parts, strict=True):
-                for name in ("image", "label", "weight"):
+                for name in ("image", "label"):
                     joined = np.concatenate([piece[name] for piece in pieces])
                     np.testing.assert_array_equal(joined, whole[name])
 
@@ -280,11 +279,11 @@ class TestBatches:
         real = next(data.eval_batches(images, batch_size=4, share=slice(1, 3)))
         for name in ("image", "label"):
             assert blank[name].shape == real[name].shape and blank[name].dtype == real[name].dtype
-        assert blank["weight"].tolist() == [0, 0] and real["weight"].tolist() == [1, 1]
+            assert real[name].any() and not blank[name].any()
 
     def test_padding_is_zero(self):
         # 3 images in batches of 2: the second batch is image 2 and one of padding.
         last = list(data.eval_batches(numbered(3), batch_size=2))[-1]
-        assert last["label"].tolist() == [2, 0] and last["weight"].tolist() == [1, 0]
+        assert last["label"].tolist() == [2, 0]
         assert last["image"][:, 0, 0, 0].tolist() == [2, 0]
         assert last["image"].dtype == np.uint8 and last["label"].dtype == np.int32

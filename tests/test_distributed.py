@@ -41,6 +41,12 @@ for make in (mistake, defect, no_pickle, lambda: 7):
         print("GOT", type(error).__name__, error)
 """
 
+FULL_DISK = """
+from instanas_jax import checkpoint
+def save(self, step, state): raise OSError(28, "No space left on device", "the disk")
+checkpoint.StageCheckpoints.save = save
+"""
+
 
 def start(arguments: list[str], *, devices: int) -> subprocess.Popen:
     return start_code(PROGRAM, [*TINY, "--variants=1", *arguments], devices=devices)
@@ -58,10 +64,10 @@ def start_code(code: str, arguments: list[str], *, devices: int) -> subprocess.P
     )
 
 
-def finish(processes: list[subprocess.Popen]) -> list[str]:
+def finish(processes: list[subprocess.Popen], *, status: int = 0) -> list[str]:
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-2000:]
+        assert process.returncode == status, output[-2000:]
     return outputs
 
 
@@ -144,3 +150,30 @@ def test_whatever_fails_in_the_first_process_all_end():
     assert second[1].startswith("GOT InputError process 0 failed (KeyError(")
     assert first[2] != second[2] and second[2].startswith("GOT InputError process 0 failed (")
     assert first[3:] == second[3:] == ["GOT 7"]  # The processes are still in step.
+
+
+def test_where_the_first_process_has_no_room_all_end(tmp_path):
+    table = tmp_path / "table.json"
+    latency.save(make_table(), table)
+    port = free_port()
+    outputs = finish(
+        [
+            start_code(
+                FULL_DISK + PROGRAM,
+                [
+                    *TINY,
+                    f"--latency_table={table}",
+                    "--allow_foreign_table",
+                    f"--workdir={tmp_path / f'process_{process}'}",
+                    "--num_processes=2",
+                    f"--process_id={process}",
+                    f"--coordinator=localhost:{port}",
+                ],
+                devices=1,
+            )
+            for process in range(2)
+        ],
+        status=2,
+    )
+    assert "error: the disk cannot be used (No space left on device)" in outputs[0]
+    assert "error: process 0 failed (OSError(28" in outputs[1]

@@ -35,13 +35,14 @@ from experiments import results as results_lib
 from experiments.config import Config, DataConfig, ModelConfig, RunConfig, validate_section
 from experiments.plans import Planner
 from experiments.stage_config import FinetuneConfig, PretrainConfig
-from experiments.workdir import Workdir
+from experiments.workdir import RunFiles, Workdir
 from instanas_jax import (
     checkpoint,
     controller,
     data,
     data_sources,
     environment,
+    latency,
     metrics,
     parallel,
     policy,
@@ -415,6 +416,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
         ("--controller=large", "--controller=large: choose one of"),
         ("--static_ops=conv9", "unknown op 'conv9'"),
         ("--static_ops=", "--static_ops is empty"),
+        ("--static_ops=basic_conv,basic_conv", "names an op twice"),
     ],
 )
 def test_a_flag_out_of_range_names_itself(argument, message):
@@ -521,6 +523,53 @@ def test_a_foreign_table_is_refused_by_the_program(tmp_path, fake_data):
     parse(*TINY, f"--workdir={tmp_path / 'w'}", f"--latency_table={tmp_path / 'none.json'}")
     with pytest.raises(InputError, match="cannot be read"):
         run._run("synthetic")
+
+
+def test_a_run_keeps_the_table_it_began_with(tmp_path):
+    spec, section = search_space.preset("tiny", num_classes=10), RunConfig()
+    began, other = tmp_path / "began.json", tmp_path / "other.json"
+    table = make_table()
+    latency.save(table, began)
+    latency.save(dataclasses.replace(table, settled_ms=table.settled_ms + 1.0), other)
+    files = RunFiles(str(tmp_path))
+    for _ in range(2):  # Put there, and then read.
+        found = timing.table_of_run(section, spec, files, path=str(began), allow_foreign=True)
+        np.testing.assert_array_equal(found.settled_ms, table.settled_ms)
+    with pytest.raises(InputError, match="by another latency table than --latency_table=.*other"):
+        timing.table_of_run(section, spec, files, path=str(other), allow_foreign=True)
+
+
+def test_a_training_that_diverges_is_one_line_and_not_saved(tmp_path, fake_data):
+    rate = ["--pretrain_learning_rate=1e30", "--pretrain_epochs=1"]
+    parse(*TINY, *rate, f"--workdir={tmp_path / 'w'}")
+    with pytest.raises(InputError, match="pretrain has diverged: after 4 updates .*supernet"):
+        run._run("synthetic")
+    assert not list((tmp_path / "w/checkpoints/pretrain").iterdir())
+
+
+def test_a_repeat_decides_about_no_training_image_again(tmp_path, fake_data, monkeypatch):
+    path = tmp_path / "run"
+    arguments = [*TINY, "--variants=1", "--finetune_settle_tolerance=0.2"]
+    parse(*arguments, f"--workdir={path}")
+    run._run("synthetic")
+    files = RunFiles(str(path))
+    before, rows = json.loads(files.results.read_text()), files.metrics.read_text()
+    files.results.unlink()
+    decided = []
+    policy_logits = evaluation.Evaluator.policy_logits
+
+    def recorded(self, state, images):
+        decided.append(len(images))
+        return policy_logits(self, state, images)
+
+    monkeypatch.setattr(evaluation.Evaluator, "policy_logits", recorded)
+    parse(*arguments, f"--workdir={path}")
+    run._run("synthetic")
+    assert decided == [16, 24]  # Validation and test, for the results.
+    after = json.loads(files.results.read_text())
+    for name in ("test_accuracy", "undecided_paths", "table_ms"):
+        assert after["variants"][0][name] == before["variants"][0][name]
+    assert files.metrics.read_text() == rows
 
 
 def test_augmentation_is_what_the_flags_say(tmp_path):

@@ -116,6 +116,10 @@ class TestOddImages:
         image = read(tmp_path, encode(Image.fromarray(GREY_16), format_name))
         np.testing.assert_array_equal(image[0], [[0] * 3, [128] * 3, [255] * 3])
 
+    def test_a_transparent_level_of_16_bit_grey_lies_on_white(self, tmp_path):
+        content = encode(Image.fromarray(GREY_16), "PNG", transparency=0x8000)
+        np.testing.assert_array_equal(read(tmp_path, content)[0, :, 0], [0, 255, 255])
+
     def test_16_bit_colour(self, tmp_path):
         row = b"\0" + struct.pack(">HHH", 0xFFFF, 0x8000, 0)
         image = read(tmp_path, png(1, 1, depth=16, colour=2, rows=row))

@@ -48,6 +48,9 @@ LAYERS = {
         "skipping",
         "batching",
         "static_nas",
+        "plain_layers",
+        "onnx_graph",
+        "onnx_model",
     },
     4: {"parallel", "feeding", "train_loop", "checkpoint"},
 }

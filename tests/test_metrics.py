@@ -1,6 +1,5 @@
-"""Sums that count every image once, and files that survive a kill and a resume."""
+"""Files of metrics survive a kill and a resume."""
 
-import csv
 import json
 import math
 import pathlib
@@ -8,8 +7,6 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from instanas_jax import metrics
 from instanas_jax.errors import InputError
@@ -17,46 +14,6 @@ from instanas_jax.errors import InputError
 
 def read_jsonl(path: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def read_csv(path: pathlib.Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-class TestSums:
-    def test_correct_and_count_by_hand(self):
-        class_logits = jnp.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [5.0, 0.0]])
-        # The answers are 1, 0, 1, 0: right, right, wrong, and right on a row of padding.
-        sums = metrics.correct_and_count(
-            class_logits, jnp.array([1, 0, 0, 0]), jnp.array([1.0, 1.0, 1.0, 0.0])
-        )
-        assert float(sums["accuracy"]) == 2 and float(sums["count"]) == 3
-        assert metrics.mean(sums) == {"accuracy": pytest.approx(2 / 3)}
-
-    def test_nan_in_padding_does_not_reach_the_sum(self):
-        sums = metrics.weighted_sums(jnp.array([1.0, 0.0]), latency_ms=jnp.array([4.0, jnp.nan]))
-        assert metrics.mean(sums) == {"latency_ms": 4.0}
-
-    @settings(deadline=None, max_examples=30)
-    @given(values=st.lists(st.integers(-100, 100), min_size=1, max_size=20), size=st.integers(1, 8))
-    def test_mean_is_the_same_for_any_batch_size(self, values: list[int], size: int):
-        total = None
-        for first in range(0, len(values), size):
-            part = values[first : first + size]
-            padding = [0.0] * (size - len(part))
-            weight = jnp.array([1.0] * len(part) + padding)
-            sums = metrics.weighted_sums(weight, figure=jnp.array([*map(float, part), *padding]))
-            total = sums if total is None else metrics.add(total, sums)
-        assert total is not None
-        assert metrics.mean(total)["figure"] == pytest.approx(np.mean(values), abs=1e-4)
-
-    def test_mean_of_nothing_is_nan(self):
-        assert math.isnan(metrics.mean({"accuracy": 0.0, "count": 0.0})["accuracy"])
-
-    def test_sums_of_different_names_do_not_add(self):
-        with pytest.raises(ValueError, match="accuracy.*latency_ms"):
-            metrics.add({"accuracy": 1, "count": 1}, {"latency_ms": 1, "count": 1})
 
 
 class TestJsonlWriter:
@@ -86,52 +43,44 @@ class TestJsonlWriter:
             metrics.JsonlWriter(path).truncate_after(1, "search")
 
 
-@pytest.mark.parametrize(
-    ("writer_type", "read"), [(metrics.JsonlWriter, read_jsonl), (metrics.CsvWriter, read_csv)]
-)
 class TestResume:
-    def test_a_resumed_file_equals_an_uninterrupted_one(self, tmp_path, writer_type, read):
+    def test_a_resumed_file_equals_an_uninterrupted_one(self, tmp_path):
         def write(writer, stage: str, steps: range):
             for step in steps:
                 writer.write(step, {"loss": step / 7}, stage)
 
-        whole = writer_type(tmp_path / "whole")
+        whole = metrics.JsonlWriter(tmp_path / "whole")
         write(whole, "pretrain", range(1, 6))
         write(whole, "search", range(1, 4))
 
         # Killed in the search at step 2, with the last checkpoint at pretrain step 3.
-        killed = writer_type(tmp_path / "resumed")
+        killed = metrics.JsonlWriter(tmp_path / "resumed")
         write(killed, "pretrain", range(1, 6))
         write(killed, "search", range(1, 3))
         killed.close()
-        resumed = writer_type(tmp_path / "resumed")
+        resumed = metrics.JsonlWriter(tmp_path / "resumed")
         resumed.truncate_after(3, "pretrain")
         write(resumed, "pretrain", range(4, 6))
+        resumed.truncate_after(-1, "search")
         write(resumed, "search", range(1, 4))
         assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
 
-    def test_earlier_stages_and_steps_stay(self, tmp_path, writer_type, read):
-        writer = writer_type(tmp_path / "file")
+    def test_earlier_stages_and_steps_stay(self, tmp_path):
+        writer = metrics.JsonlWriter(tmp_path / "file")
         for stage, step in [("pretrain", 9), ("search", 1), ("search", 2), ("search", 3)]:
             writer.write(step, {"loss": 1.0}, stage)
         writer.truncate_after(2, "search")
-        rows = [(row["stage"], int(row["step"])) for row in read(tmp_path / "file")]
+        rows = [(row["stage"], int(row["step"])) for row in read_jsonl(tmp_path / "file")]
         assert rows == [("pretrain", 9), ("search", 1), ("search", 2)]
 
-
-def test_csv_is_one_scalar_a_line_with_one_header(tmp_path: pathlib.Path):
-    path = tmp_path / "metrics.csv"
-    for step in (1, 2):  # a writer each: reopening must not repeat the header
-        writer = metrics.CsvWriter(path)
-        writer.write(step, {"loss": 0.5, "accuracy": math.nan}, "search")
-        writer.close()
-    assert path.read_text().splitlines() == [
-        "stage,step,name,value",
-        "search,1,loss,0.5",
-        "search,1,accuracy,nan",
-        "search,2,loss,0.5",
-        "search,2,accuracy,nan",
-    ]
+    def test_later_stages_that_are_done_stay(self, tmp_path):
+        writer = metrics.JsonlWriter(tmp_path / "file")
+        for stage, step in [("search", 1), ("search", 2), ("finetune_A", 1)]:
+            writer.write(step, {"loss": 1.0}, stage)
+        writer.truncate_after(-1, "search")
+        writer.write(1, {"loss": 2.0}, "search")
+        rows = [(row["stage"], row["loss"]) for row in read_jsonl(tmp_path / "file")]
+        assert rows == [("finetune_A", 1.0), ("search", 2.0)]
 
 
 def test_multi_writer_reaches_tensorboard_and_jsonl(tmp_path: pathlib.Path):

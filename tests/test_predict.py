@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import dataset_summary, images, predict, trained_run
+from experiments import dataset_summary, export, images, predict, trained_run
 from experiments.config import Config, ModelConfig
 from experiments.stage_config import FinetuneConfig
 from experiments.workdir import Workdir, write_json
@@ -20,9 +20,13 @@ from instanas_jax import (
     augment,
     checkpoint,
     controller,
+    convolution,
     data,
     environment,
+    inference,
     latency,
+    onnx_graph,
+    onnx_model,
     policy,
     supernet,
     train_state,
@@ -404,3 +408,59 @@ def test_a_path_stays_on_one_line():
     assert "\n" not in images.printable("a\nb.png")
     assert images.printable("") == "''"
     images.printable("\udcff.png").encode()  # A name that is not UTF-8.
+
+
+class TestExport:
+    """One file that answers as the run's folder does."""
+
+    def run(self, *arguments: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "experiments.export", *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    @pytest.mark.parametrize(
+        "settings", [["--variant=A", "--latency_budget_ms=3"], ["--variant=B"]]
+    )
+    def test_answers_are_those_of_predict(self, workdir, tmp_path, settings):
+        target = tmp_path / "new" / "variant.onnx"
+        done = self.run(f"--workdir={workdir}", f"--output={target}", *settings)
+        assert done.returncode == 0, done.stderr
+        assert "ONNX Runtime answers as this program does" in done.stdout
+        budget_ms = 3.0 if len(settings) > 1 else None
+        opened = trained_run.open_run(str(workdir))
+        variant = settings[0][-1]
+        ours = predict.Predictor(opened, variant, top=1, budget_ms=budget_ms)
+        session = onnx_graph.session(target.read_bytes(), threads=1)
+        described = session.get_modelmeta().custom_metadata_map
+        names = json.loads(described["class_names"])
+        assert (described["variant"], described["dataset"]) == (variant, "synthetic")
+        for image in TEST_IMAGES[:4]:
+            class_logits, mask = session.run(["class_logits", "mask"], {"image": image[None]})
+            answer = ours(image)
+            assert answer.classes[0][0] == names[int(class_logits.argmax())]
+            np.testing.assert_array_equal(mask[0], answer.architecture > 0.5)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "--output is not set"),
+            (["--output={folder}"], "is a folder: name a file"),
+            (["--output={folder}/a.onnx", "--variant=C"], "no finished variant C"),
+            (["--output={folder}/a.onnx", "--latency_budget_ms=99"], "99"),
+        ],
+    )
+    def test_a_mistake_is_one_line_and_no_file(self, workdir, tmp_path, arguments, message):
+        given = [argument.format(folder=tmp_path) for argument in arguments]
+        done = self.run(f"--workdir={workdir}", *given)
+        assert done.returncode == 2
+        assert len(done.stderr.strip().splitlines()) == 1 and message in done.stderr
+        assert not list(tmp_path.iterdir())
+
+    def test_a_model_that_answers_otherwise_is_refused(self, workdir):
+        opened = trained_run.open_run(str(workdir))
+        networks = {name: export._networks(opened, name, None) for name in "AB"}
+        content = onnx_model.serialise(opened.spec, **networks["A"])
+        predictor = inference.make_predictor(
+            opened.spec, lowering=convolution.default_lowering(), **networks["B"]
+        )
+        with pytest.raises(InputError, match="answers otherwise"):
+            export.compare(predictor, content, image_size=opened.spec.image_size, threads=1)

@@ -46,7 +46,7 @@ def assert_same(ours, theirs):
     ours, theirs = list(ours), list(theirs)
     assert len(ours) == len(theirs) > 0
     for one, other in zip(ours, theirs, strict=True):
-        for name in ("image", "label", "weight"):
+        for name in ("image", "label"):
             assert one[name].dtype == other[name].dtype
             np.testing.assert_array_equal(one[name], other[name])
 
@@ -128,10 +128,10 @@ class TestEvaluation:
     def test_every_image_once_in_order(self, dataset, size):
         batches = list(data.eval_batches(dataset.test, batch_size=size))
         assert all(batch["image"].shape == (size, SIZE, SIZE, 3) for batch in batches)
-        real = [label for b in batches for label in b["label"][b["weight"] == 1]]
-        assert real == list(range(TEST))
-        padding = np.concatenate([b["image"][b["weight"] == 0] for b in batches])
-        assert not padding.any()
+        labels = np.concatenate([batch["label"] for batch in batches])
+        assert labels[:TEST].tolist() == list(range(TEST))
+        images = np.concatenate([batch["image"] for batch in batches])
+        assert images[:TEST].any(axis=(1, 2, 3)).all() and not images[TEST:].any()
 
     def test_shares_concatenate_even_where_one_is_all_padding(self, dataset):
         # 11 images in batches of 8: the second batch has 3 images, so the last share has none.
@@ -139,7 +139,7 @@ class TestEvaluation:
             list(data.eval_batches(dataset.test, batch_size=8, share=slice(first, first + 4)))
             for first in (0, 4)
         ]
-        assert shares[1][1]["weight"].tolist() == [0, 0, 0, 0]
+        assert not shares[1][1]["image"].any()
         assert_same(joined(shares), data.eval_batches(dataset.test, batch_size=8))
 
     def test_take_is_what_evaluation_sees(self, dataset):
@@ -152,7 +152,7 @@ class TestEvaluation:
         options = {"batch_size": 6, "share": slice(2, 5)}
         blank = data.blank_batch(dataset.test, **options)
         real = next(data.eval_batches(dataset.test, **options))
-        for name in ("image", "label", "weight"):
+        for name in ("image", "label"):
             assert blank[name].shape == real[name].shape
             assert blank[name].dtype == real[name].dtype
             assert not blank[name].any()

@@ -273,24 +273,27 @@ class TestModes:
         evaluated = evaluate({**fresh, "batch_stats": batch_stats}, images(), mask)
         assert relative_error(evaluated, np.asarray(logits)) < 5e-2
 
-    def test_dropout_acts_only_with_a_key(self):
-        spec = dataclasses.replace(SPEC, head_dropout=0.5)
+    def test_dropout_acts_only_with_keys_and_by_an_images_own(self):
+        spec, fresh = dataclasses.replace(SPEC, head_dropout=0.5), variables()
 
-        def logits(dropout_key):
+        def logits(dropout_keys):
             return supernet.apply_train(
                 spec,
-                variables(),
+                fresh,
                 images(),
                 NO_PATH,
-                dropout_key=dropout_key,
+                dropout_keys=dropout_keys,
                 lowering="native",
                 paths=may_run(NO_PATH[0]),
             )[0]
 
-        with_key = jax.jit(logits)
-        one, again, other = (with_key(jax.random.key(seed)) for seed in (0, 0, 1))
+        with_keys = jax.jit(logits)
+        keys = jax.random.split(jax.random.key(0), BATCH)
+        one, again = with_keys(keys), with_keys(keys)
         np.testing.assert_array_equal(one, again)
-        assert relative_error(other, np.asarray(one)) > 1e-2
+        other = np.asarray(with_keys(keys.at[0].set(jax.random.key(9))))
+        assert relative_error(other[0], np.asarray(one)[0]) > 1e-2
+        np.testing.assert_array_equal(other[1:], one[1:])
         without, _ = train(variables(), images(), NO_PATH)
         np.testing.assert_allclose(jax.jit(logits)(None), without, rtol=1e-4, atol=1e-5)
 

@@ -56,6 +56,8 @@ def make_setting(axis_name: str | None) -> Setting:
 
 def make_stage(name: str, axis_name: str | None):
     setting = make_setting(axis_name)
+    if name == "finetune_dropout":
+        setting = dataclasses.replace(setting, spec=dataclasses.replace(SPEC, head_dropout=0.5))
     sgd = optimizers.SgdSettings(0.05, weight_decay=1e-4)
     if name == "pretrain":
         every_path = np.ones(SPEC.mask_shape, bool)
@@ -208,6 +210,15 @@ def test_four_devices_train_as_one(name):
         np.testing.assert_allclose(
             one_metrics[metric][0], four_metrics[metric][0], rtol=2e-3, atol=1e-4, err_msg=metric
         )
+
+
+def test_dropout_is_the_same_on_any_number_of_devices():
+    """One step: it doubles what features weigh, and rounding grows the faster."""
+    one, four = (train("finetune_dropout", devices=devices)[0][0] for devices in (1, 4))
+    a, b = (state.supernet["params"].vector[0] for state in (one, four))
+    assert np.linalg.norm(a - b) < 2e-5 * np.linalg.norm(a)
+    without = train("finetune", devices=1)[0][0].supernet["params"].vector[0]
+    assert np.linalg.norm(a - without) > 1e-4 * np.linalg.norm(a)
 
 
 def first_replica(state):
