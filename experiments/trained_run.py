@@ -124,8 +124,8 @@ def budget_curve(run: TrainedRun, variant: str) -> budget.Curve:
 def _not_restored(run: TrainedRun, variant: str, reason: str) -> InputError:
     return InputError(
         f"variant {variant} of {run.files.path} does not give the networks that config.json "
-        f"describes ({reason}): copy the run's folder again, or delete its results.json and repeat the "
-        "run's command, which trains this anew"
+        f"describes ({reason}): copy the run's folder again, or delete its results.json and repeat "
+        "the run's command, which trains this anew"
     )
 
 
