@@ -160,7 +160,7 @@ class Subjects:
             return {}
         from instanas_jax import onnx_graph, onnx_model
 
-        variables = _deciding(self.state["controller_variables"], mask)
+        variables = _deciding(self.spec, self.state["controller_variables"], mask)
         state = {name: value for name, value in self.state.items() if name != "lowering"}
         content = onnx_model.serialise(self.spec, **{**state, "controller_variables": variables})
         session = onnx_graph.session(content, threads=threads)
@@ -188,11 +188,11 @@ class Subjects:
         return calls
 
 
-def _deciding(variables: dict[str, Any], mask: np.ndarray) -> dict[str, Any]:
+def _deciding(spec: SupernetSpec, variables: dict[str, Any], mask: np.ndarray) -> dict[str, Any]:
     """A controller whose undecided logits still come from the image, but always mean this mask."""
     linear = variables["params"]["logits"]
-    constant = (np.asarray(linear["kernel"]) == 0.0).all(axis=0)
-    bias = np.where(constant, linear["bias"], 2.0 * mask.ravel() - 1.0)
+    settled = controller.settled(spec, variables)
+    bias = np.where((settled.on | settled.off).ravel(), linear["bias"], 2.0 * mask.ravel() - 1.0)
     logits = {"kernel": 1e-6 * linear["kernel"], "bias": bias.astype(np.float32)}
     return {**variables, "params": {**variables["params"], "logits": logits}}
 

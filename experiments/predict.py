@@ -56,10 +56,7 @@ class Predictor:
         budget_ms: float | None = None,
         limit_ms: float | None = None,
     ):
-        networks = trained_run.restore_networks(run, variant)
-        if budget_ms is not None:
-            threshold = budget.threshold(trained_run.budget_curve(run, variant), budget_ms)
-            networks["controller"] = controller.decide_at(networks["controller"], threshold)
+        networks = trained_run.networks_at(run, variant, budget_ms)
         self._settled = controller.settled(run.spec, networks["controller"])
         rule = policy.greedy
         if limit_ms is not None:

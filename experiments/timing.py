@@ -15,7 +15,7 @@ from experiments.config import RunConfig
 from experiments.workdir import RunFiles, load_table
 from instanas_jax import convolution, environment, inference, latency, profiling
 from instanas_jax.errors import InputError
-from instanas_jax.latency import LatencyTable
+from instanas_jax.latency import FIXED_PARTS, IN_NETWORK, LatencyTable
 from instanas_jax.search_space import SupernetSpec
 from instanas_jax.stage import Setting
 from instanas_jax.train_state import TrainState
@@ -49,10 +49,11 @@ def table_of_run(
       InputError: a table is damaged, or of something else, or not the one the run began with.
     """
     if files.latency_table.exists():
-        if path and not _is_same(latency.load(path, spec), load_table(files, spec)):
+        go_on = "leave --latency_table out to go on with the run's own"
+        if path and not _is_same(latency.load(path, spec, advice=go_on), load_table(files, spec)):
             raise InputError(
                 f"{files.path} holds a run by another latency table than --latency_table={path}: "
-                "leave it out to go on with the run's own, or name another --workdir"
+                f"{go_on}, or name another --workdir"
             )
     else:
         threads = section.inference_threads
@@ -68,10 +69,16 @@ def table_of_run(
 
 
 def _is_same(ours: LatencyTable, theirs: LatencyTable) -> bool:
-    """Whether they give the same times, as files round them."""
-    return np.allclose(ours.cells_ms, theirs.cells_ms, rtol=0.0, atol=1e-6) and np.allclose(
-        ours.settled_ms, theirs.settled_ms, rtol=0.0, atol=1e-6
-    )
+    """Whether all times are the same, as files round them."""
+
+    def times(table: LatencyTable) -> np.ndarray:
+        parts = [
+            *(table.fixed_ms[name] for name in FIXED_PARTS),
+            *(table.in_network_ms[name] for name in IN_NETWORK),
+        ]
+        return np.concatenate([table.cells_ms.ravel(), table.settled_ms.ravel(), parts])
+
+    return np.allclose(times(ours), times(theirs), rtol=0.0, atol=1e-6)
 
 
 def profile(spec: SupernetSpec, rounds: int) -> LatencyTable:

@@ -12,7 +12,7 @@ from experiments import dataset_summary, recipe
 from experiments.config import Config
 from experiments.dataset_summary import DatasetSummary
 from experiments.workdir import RunFiles, load_table
-from instanas_jax import budget, checkpoint, latency, train_state
+from instanas_jax import budget, checkpoint, controller, latency, train_state
 from instanas_jax.errors import InputError
 from instanas_jax.search_space import SupernetSpec
 
@@ -87,6 +87,25 @@ def restore_networks(run: TrainedRun, variant: str) -> dict[str, Any]:
         raise _not_restored(run, variant, "its last checkpoint is of others")
     state = train_state.unravel(state)
     return {"supernet": state.supernet, "controller": state.controller}
+
+
+def networks_at(run: TrainedRun, variant: str, budget_ms: float | None) -> dict[str, Any]:
+    """As `restore_networks`, deciding so that images take that much in the mean by the run's table,
+    or as trained.
+
+    Raises:
+      InputError: as there, or the variant can't meet the budget, or its training diverged.
+    """
+    networks = restore_networks(run, variant)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(networks)):
+        raise InputError(
+            f"variant {variant} has parameters that are no numbers, so its training diverged: "
+            "choose another --variant"
+        )
+    if budget_ms is not None:
+        threshold = budget.threshold(budget_curve(run, variant), budget_ms)
+        networks["controller"] = controller.decide_at(networks["controller"], threshold)
+    return networks
 
 
 def results_row(run: TrainedRun, variant: str) -> dict[str, Any]:

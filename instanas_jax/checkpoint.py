@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,16 @@ class StageCheckpoints:
     def save(self, step: int, state: Any) -> None:
         """Writes a host pytree as the checkpoint after `step` updates, if it is not there yet.
 
-        Damaged ones that `restore_latest` passed over go first: Orbax saves no step before its
-        newest.
+        Those that `restore_latest` passed over go aside first, as STEP.damaged: Orbax saves no step
+        before its newest.
         """
-        while self._damaged:
-            self._manager.delete(self._damaged.pop())
+        if self._damaged:
+            for damaged in self._damaged:
+                place = self._directory / str(damaged)
+                shutil.rmtree(place.with_suffix(".damaged"), ignore_errors=True)
+                place.rename(place.with_suffix(".damaged"))
+            self._damaged = []
+            self._manager.reload()
         if step not in self._manager.all_steps():
             self._manager.save(step, args=ocp.args.StandardSave(state))
 
@@ -65,12 +71,13 @@ class StageCheckpoints:
         Args:
           like: a pytree of arrays or shapes with the structure of what was saved.
         """
+        self._damaged = []
         for step in reversed(self.steps()):
             try:
                 return step, self.restore(step, like)
             except InputError:
                 logging.getLogger(__name__).warning(
-                    "checkpoint %s is damaged: an earlier one is taken, or the stage begins anew",
+                    "checkpoint %s cannot be read: an earlier one is taken, or none",
                     self._directory / str(step),
                 )
                 self._damaged.append(step)

@@ -1,4 +1,4 @@
-"""Nodes of an ONNX model, added one by one; needs the package `onnx`."""
+"""ONNX models, made node by node, and run; needs the package `onnx`."""
 
 import itertools
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, helper, nu
 from instanas_jax.plain_layers import Conv, Path
 
 FLOAT = TensorProto.FLOAT
-_OPSET, _IR_VERSION = 17, 9  # Of 2022: every ONNX Runtime since 1.14 reads them.
+_OPSET, _IR_VERSION = 17, 8  # Of ONNX 1.12, of 2022.
 
 Build = Callable[["Graph"], str]  # Adds nodes to a graph and names the result.
 

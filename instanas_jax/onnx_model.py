@@ -225,26 +225,32 @@ def _decided(
         """Those that are on, one after another."""
         cell = spec.cells[index]
         shape = (1, cell.out_channels, cell.out_size, cell.out_size)
-        total, count = graph.constant(np.zeros(shape)), graph.constant(0.0)
+        total = graph.constant(np.zeros(shape))
+        conditions = {op: is_on(graph, op) for op in paths}
         for op, run in paths.items():
-            condition = is_on(graph, op)
-            count = graph.add("Add", count, graph.add("Cast", condition, to=onnx_graph.FLOAT))
             total = graph.choose(
-                condition,
+                conditions[op],
                 lambda branch, total=total, run=run: branch.add("Add", total, run(branch, x)),
                 lambda branch, total=total: total,
             )
-        return total if spec.join == "sum" else graph.add("Div", total, count)
+        if spec.join == "sum":
+            return total
+        ones = [
+            graph.add("Cast", condition, to=onnx_graph.FLOAT) for condition in conditions.values()
+        ]
+        return graph.add("Div", total, graph.add("Sum", *ones))
 
     def beyond_one(graph: Graph) -> str:
-        if not plan.none:
-            return several(graph)
         if not plan.several:
             return x
+        if not plan.none:
+            return several(graph)
         return graph.choose(is_true(graph, decisions.none, index), lambda branch: x, several)
 
     if not plan.alone:  # Two or more always run.
         return several(graph)
+    if not (plan.several or plan.none):
+        return alone(graph)
     return graph.choose(is_true(graph, decisions.one, index), alone, beyond_one)
 
 

@@ -160,6 +160,7 @@ def plans(spec: SupernetSpec, settled: policy.Settled) -> list[Plan]:
         _plan(
             running=tuple(np.flatnonzero(may_run[index]).tolist()),
             on=tuple(np.flatnonzero(settled.on[index]).tolist()),
+            several=int((~settled.off[index]).sum()) > 1,
             is_settled=bool((settled.on[index] | settled.off[index]).all()),
             forces_op=cell.forces_op,
         )
@@ -167,13 +168,20 @@ def plans(spec: SupernetSpec, settled: policy.Settled) -> list[Plan]:
     ]
 
 
-def _plan(running: tuple[int, ...], on: tuple[int, ...], is_settled: bool, forces_op: bool) -> Plan:
+def _plan(
+    running: tuple[int, ...],
+    on: tuple[int, ...],
+    *,
+    several: bool,
+    is_settled: bool,
+    forces_op: bool,
+) -> Plan:
     if is_settled:
         return Plan(running, (), several=False, none=False, always=True)
     return Plan(
         running,
         alone=running if not on else on if len(on) == 1 else (),
-        several=len(running) > 1,
+        several=several,
         none=not on and not forces_op,
         always=False,
     )

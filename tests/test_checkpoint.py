@@ -66,10 +66,11 @@ def test_damaged_checkpoints_make_room_for_what_is_trained_again(tmp_path, damag
     assert (restored is None) == (1 in damaged)
     told = [record.getMessage() for record in caplog.records if record.name == checkpoint.__name__]
     for step, message in zip(reversed(damaged), told, strict=True):
-        assert f"{tmp_path}/{step} is damaged" in message
+        assert f"{tmp_path}/{step} cannot be read" in message
     assert reopened.steps() == [1, 2]  # Until there is something in their place.
     for step in damaged:
         reopened.save(step, state(step))
+        assert (tmp_path / f"{step}.damaged").is_dir()
     reopened.close()
     again = checkpoint.StageCheckpoints(tmp_path)
     for step in (1, 2):

@@ -22,22 +22,27 @@ IMAGES = (
 IMAGES = IMAGES.astype(np.uint8)  # From bright to dark, which a fresh controller tells apart.
 
 
-def make_spec(kind: str, join) -> SupernetSpec:
-    pool = 2 if kind == "patches" else 1
+def make_spec(kind: str, join, *, pool: int = 1) -> SupernetSpec:
     return dataclasses.replace(
         TINY, controller=kind, controller_channels=4, controller_pool=pool, join=join
     )
 
 
 def some_settled(spec: SupernetSpec, known: str) -> policy.Settled:
-    """Nothing, half of the decisions, everything, or all but where one op runs."""
-    random = RNG.uniform(size=spec.mask_shape) < 0.4
-    everything = policy.Settled.architecture(random)
+    """Nothing, half of the decisions, everything, all but where one op runs, or for each cell
+    another case: two ops on, one on, the rule's off, all but two off."""
+    rng = np.random.default_rng(3)
+    on, off = np.zeros((2, *spec.mask_shape), bool)
     if known == "depth":
         depth = uniform_architecture(spec, 3).astype(bool)
         return policy.Settled(on=depth & spec.forced_cells[:, None], off=~depth)
+    if known == "cases":
+        on[0, :2] = on[1, 2] = True
+        off[2, FORCED_OP] = off[3, [0, 3, 4]] = True
+        return policy.Settled(on, off)
+    everything = policy.Settled.architecture(rng.uniform(size=spec.mask_shape) < 0.4)
     share = {"nothing": 0.0, "half": 0.5, "everything": 1.1}[known]
-    which = RNG.uniform(size=spec.mask_shape) < share
+    which = rng.uniform(size=spec.mask_shape) < share
     return policy.Settled(everything.on & which, everything.off & which)
 
 
@@ -81,19 +86,21 @@ def answers(content: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "join", "known"),
+    ("kind", "join", "pool", "known"),
     [
-        ("patches", "mean", "nothing"),
-        ("patches", "sum", "nothing"),
-        ("patches", "mean", "half"),
-        ("patches", "mean", "depth"),
-        ("patches", "sum", "everything"),
-        ("residual_small", "mean", "half"),
-        ("residual_large", "sum", "half"),
+        ("patches", "mean", 2, "nothing"),
+        ("patches", "sum", 4, "nothing"),
+        ("patches", "mean", 1, "half"),
+        ("patches", "mean", 2, "depth"),
+        ("patches", "sum", 2, "cases"),
+        ("patches", "mean", 2, "cases"),
+        ("patches", "sum", 2, "everything"),
+        ("residual_small", "mean", 1, "half"),
+        ("residual_large", "sum", 2, "half"),
     ],
 )
-def test_answers_are_the_masked_supernets(kind, join, known):
-    spec = make_spec(kind, join)
+def test_answers_are_the_masked_supernets(kind, join, pool, known):
+    spec = make_spec(kind, join, pool=pool)
     network = supernet_variables(join)
     decides = controller_variables(spec, some_settled(spec, known))
     logits, masks = expected(spec, network, decides)
