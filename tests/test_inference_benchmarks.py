@@ -103,4 +103,4 @@ def test_an_output_is_checked_before_the_work(tmp_path, module):
         timeout=120,
     )
     assert finished.returncode == 2
-    assert finished.stderr == f"error: --output={tmp_path} is a folder: name a JSON file\n"
+    assert finished.stderr == f"error: --output={tmp_path} is a folder: name a file\n"
