@@ -6,6 +6,9 @@ The networks are random architectures through the skipping execution, the contro
 with --workdir a trained variant on validation images, each under the architecture that its
 controller chooses. None is among those that the table is fitted to. Table and networks are timed in
 the same interleaved rounds, since the machine's clock drifts.
+
+Rows named `repeat` set every other round against the rounds between: what the machine's own noise
+leaves of error and order, where each network is predicted by itself.
 """
 
 import functools
@@ -37,7 +40,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("num_classes", 100, "Classes of the classifier.", lower_bound=1)
     flags.DEFINE_integer("architectures", 200, "Random architectures.", lower_bound=2)
     flags.DEFINE_integer("images", 50, "Images of the trained variant.", lower_bound=2)
-    flags.DEFINE_integer("rounds", 30, "Timed calls of each network.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 30, "Timed calls of each network.", lower_bound=2)
     flags.DEFINE_integer("threads", 1, "Threads of one image.", lower_bound=1)
 
 
@@ -59,7 +62,7 @@ def _run() -> None:
         spec, values.architectures, densities=_DENSITIES, seed=_SEED
     )
     with tqdm(total=values.rounds, desc="networks", unit="round", dynamic_ncols=True) as bar:
-        table, measured_ms = profiling.measure_beside(
+        table, times_ms = profiling.measure_beside(
             spec, masks, calls, rounds=values.rounds, on_round=bar.update
         )
 
@@ -67,10 +70,10 @@ def _run() -> None:
         return latency.image_ms(table, masks, spec.forced_cells, settled)
 
     undecided = Settled.nothing(spec.mask_shape)
-    rows = _rows("random_architectures", predict(masks, undecided), measured_ms[: len(masks)])
+    rows = _rows("random_architectures", predict(masks, undecided), times_ms[:, : len(masks)])
     if subjects is not None:
         predicted_ms = predict(chosen, subjects.settled)
-        rows += _rows("trained_controller", predicted_ms, measured_ms[len(masks) :])
+        rows += _rows("trained_controller", predicted_ms, times_ms[:, len(masks) :])
     rows += [
         reporting.measurement(f"in_network_{name}", [value], "ms")
         for name, value in table.in_network_ms.items()
@@ -92,21 +95,27 @@ def _images_of_many_architectures(subjects: Subjects, count: int) -> tuple[np.nd
     return subjects.images[places], masks[places]
 
 
-def _rows(name: str, predicted_ms: np.ndarray, measured_ms: np.ndarray) -> list[dict[str, Any]]:
-    """Error, order, worst case and bias of predictions [N] of measurements [N]."""
-    error = predicted_ms / measured_ms - 1.0
+def _rows(name: str, predicted_ms: np.ndarray, times_ms: np.ndarray) -> list[dict[str, Any]]:
+    """Error, order, worst case and bias of predictions [N] of what took times [rounds, N]; and how
+    well half of the rounds predicts the other half."""
+    measured_ms = profiling.undisturbed(times_ms)
+    relative = predicted_ms / measured_ms - 1.0
+    halves_ms = profiling.undisturbed(times_ms[::2]), profiling.undisturbed(times_ms[1::2])
     rows = [
-        reporting.measurement(
-            f"{name}_mean_absolute_error", [float(np.abs(error).mean())], "fraction"
-        ),
-        reporting.measurement(f"{name}_worst_error", [float(np.abs(error).max())], "fraction"),
-        reporting.measurement(f"{name}_bias", [float(error.mean())], "fraction"),
+        reporting.measurement(f"{name}_worst_error", [float(np.abs(relative).max())], "fraction"),
+        reporting.measurement(f"{name}_bias", [float(relative.mean())], "fraction"),
         reporting.measurement(f"{name}_measured", measured_ms.tolist(), "ms"),
         reporting.measurement(f"{name}_predicted", predicted_ms.tolist(), "ms"),
     ]
-    if np.ptp(predicted_ms) > 0.0:  # One architecture for all images has no order.
-        tau = float(stats.kendalltau(predicted_ms, measured_ms)[0])  # pyright: ignore
-        rows.append(reporting.measurement(f"{name}_kendall_tau", [tau], "tau"))
+    for prefix, guess_ms, truth_ms in (
+        (name, predicted_ms, measured_ms),
+        (f"{name}_repeat", *halves_ms),
+    ):
+        error = float(np.abs(guess_ms / truth_ms - 1.0).mean())
+        rows.append(reporting.measurement(f"{prefix}_mean_absolute_error", [error], "fraction"))
+        if np.ptp(predicted_ms) > 0.0:  # One architecture for all images has no order.
+            tau = float(stats.kendalltau(guess_ms, truth_ms)[0])  # pyright: ignore
+            rows.append(reporting.measurement(f"{prefix}_kendall_tau", [tau], "tau"))
     return rows
 
 

@@ -111,7 +111,7 @@ def measure_beside(
       calls: M of one network, which answers them in a row.
 
     Returns:
-      The table, and milliseconds [N + M], lower deciles as the table's.
+      The table, and milliseconds [rounds, N + M], of which the table's times are `undisturbed`.
     """
     lowering = lowering or convolution.default_lowering()
     fixed, cells = _programs(spec, lowering, jax.random.key(seed))
@@ -160,7 +160,7 @@ def measure_beside(
         on_round()
 
     def undisturbed_ms(key: Any) -> float:
-        net = _undisturbed(seconds[key].ravel()) - _undisturbed(overhead[key].ravel())
+        net = undisturbed(seconds[key].ravel()) - undisturbed(overhead[key].ravel())
         return max(float(net) * 1e3, whole_networks.FASTEST_MS)
 
     def spread_ms(key: Any) -> float:
@@ -170,20 +170,19 @@ def measure_beside(
     keys = [[(cell, op) for op in channels.ALL_OPS] for cell in spec.cells]
     fixed_ms = {name: undisturbed_ms(("fixed", name)) for name in fixed}
     alone_ms = np.array([[undisturbed_ms(key) for key in row] for row in keys])
-    whole_ms = _undisturbed(whole_seconds) * 1e3
-    random_ms, others_ms = np.split(whole_ms, [len(masks)])
+    random_seconds, other_seconds = np.split(whole_seconds, [len(masks)], axis=1)
     fitted = whole_networks.fit(
         spec,
         whole_networks.Measured(
             alone_ms=alone_ms,
             fixed_ms=fixed_ms,
             masks=masks,
-            random_ms=random_ms,
+            random_ms=undisturbed(random_seconds) * 1e3,
             depth_masks=depth_masks,
-            depths_ms=_undisturbed(depth_seconds) * 1e3,
-            static_ms=float(_undisturbed(static_seconds.ravel())) * 1e3,
+            depths_ms=undisturbed(depth_seconds) * 1e3,
+            static_ms=float(undisturbed(static_seconds.ravel())) * 1e3,
             idle_ms={
-                name: float(_undisturbed(of.ravel())) * 1e3 for name, of in idle_seconds.items()
+                name: float(undisturbed(of.ravel())) * 1e3 for name, of in idle_seconds.items()
             },
         ),
     )
@@ -198,12 +197,12 @@ def measure_beside(
         repeats=rounds * _IN_A_ROW,
         **fitted,
     )
-    return table, np.concatenate([others_ms, _undisturbed(call_seconds) * 1e3])
+    return table, np.concatenate([other_seconds, call_seconds], axis=1) * 1e3
 
 
-def _undisturbed(seconds: np.ndarray) -> np.ndarray:
-    """Of runs [N, ...]."""
-    return np.percentile(seconds, 10, axis=0)
+def undisturbed(times: np.ndarray) -> np.ndarray:
+    """The lower decile [...] of runs [N, ...]."""
+    return np.percentile(times, 10, axis=0)
 
 
 def _programs(

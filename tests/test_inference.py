@@ -526,7 +526,7 @@ def test_other_networks_are_timed_beside_the_table(monkeypatch):
     )
     calls = [lambda: called.append("a"), lambda: called.append("b")]
     table, times_ms = profiling.measure_beside(SPEC, masks.astype(np.float32), calls, rounds=2)
-    assert times_ms.shape == (4,) and (times_ms > 0).all()
+    assert times_ms.shape == (2, 4) and (times_ms > 0).all()
     # A row of calls untimed, then timed, in each round.
     assert called == ["a", "b"] * 2 * 2
     # Kernels and calls that compute nothing are timed alone, as warm as networks; networks in rows

@@ -36,6 +36,21 @@ def test_fidelity_takes_an_image_of_each_architecture_in_the_order_of_images():
     assert chosen_places([9, 9, 3, 1, 3, 0], 6) == [0, 2, 3, 5, 1, 4]
 
 
+def test_fidelity_is_of_undisturbed_times_and_beside_what_a_repeat_would_reach():
+    """Three networks, which half of the rounds takes for 1, 2 and 4 ms, the other for 2, 1, 4."""
+    times_ms = np.array([[1.0, 2.0, 4.0], [2.0, 1.0, 4.0]] * 20)
+    times_ms[5] = 100.0  # Disturbed.
+    rows = latency_fidelity._rows("case", np.array([1.0, 1.0, 5.0]), times_ms)
+    values = {row["name"]: row["value"] for row in rows}
+    assert values["case_measured"] == 1.0  # All lower deciles are 1, 1 and 4.
+    assert values["case_mean_absolute_error"] == pytest.approx(0.25 / 3)
+    assert values["case_worst_error"] == pytest.approx(0.25)
+    assert values["case_bias"] == pytest.approx(0.25 / 3)
+    assert values["case_kendall_tau"] == pytest.approx(1.0)
+    assert values["case_repeat_mean_absolute_error"] == pytest.approx((0.5 + 1.0) / 3)
+    assert values["case_repeat_kendall_tau"] == pytest.approx(1 / 3)
+
+
 def test_a_trained_variant_answers_under_its_most_frequent_masks():
     places = skip_speedup._trained_images(masks_of([5, 2, 7, 2, 7, 7, 1, 1, 2, 2]))
     assert places == {"trained_1": 1, "trained_2": 2, "trained_3": 6}
