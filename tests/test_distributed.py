@@ -19,10 +19,13 @@ from tests.test_experiments import TINY, parse
 from tests.test_latency import make_table
 
 ROOT = Path(__file__).parent.parent
-PROGRAM = (
-    "from experiments import run; from experiments.config import Config; "
-    "run.main(Config('synthetic'))"
-)
+# Times are not looked at here, and each process that takes them is slow to start.
+PROGRAM = """
+from experiments import run, timing
+from experiments.config import Config
+timing.PROCESSES = 1
+run.main(Config("synthetic"))
+"""
 
 MISTAKES = """
 import sys

@@ -101,7 +101,11 @@ def fake_data(monkeypatch, tmp_path):
 
     fake_imagenet.write(tmp_path / "prepared", train=90, validation=30)
     monkeypatch.setattr(data, "load", fake)
-    # Times are not looked at here, and a process of its own is slow to start.
+    _time_here(monkeypatch)
+
+
+def _time_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are not looked at here, and a process of its own is slow to start."""
     monkeypatch.setattr(
         environment,
         "in_inference_process",
@@ -109,10 +113,39 @@ def fake_data(monkeypatch, tmp_path):
     )
 
 
+@pytest.fixture
+def made_up_table(monkeypatch):
+    _make_up_tables(monkeypatch)
+
+
+def _make_up_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of measuring them, for which more is compiled than for training."""
+
+    def made_up(spec, *, rounds, threads):
+        del rounds, threads
+        return make_table(spec=json.loads(json.dumps(spec.to_json())))
+
+    monkeypatch.setattr(timing, "measure_table", made_up)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """The folder of a run of two variants; for tests of one group, which one worker runs."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patched:
+        _time_here(patched)
+        _make_up_tables(patched)
+        parse(*TINY, f"--workdir={path}")
+        run._run("synthetic")
+    return path
+
+
 @pytest.mark.parametrize("flagfile", FLAGFILES, ids=lambda path: path.stem)
 def test_every_shipped_flagfile_runs_to_its_results(
     flagfile, tmp_path, fake_data, capsys, monkeypatch
 ):
+    if flagfile.stem != "digits":  # One of them measures its latency table.
+        _make_up_tables(monkeypatch)
     monkeypatch.chdir(ROOT)  # From where flagfiles name others.
     name = PROGRAMS[flagfile.stem.split("_")[0]].DEFAULTS.dataset
     smaller = [*TINY, f"--workdir={tmp_path / 'run'}"]
@@ -161,6 +194,7 @@ def test_every_shipped_flagfile_runs_to_its_results(
     assert (tmp_path / "run/metrics.jsonl").read_text() == before
 
 
+@pytest.mark.usefixtures("made_up_table")
 @pytest.mark.parametrize("start", ["search", "pretrain", "scratch"])
 def test_variants_start_from_the_weights_that_are_asked_for(start, tmp_path, fake_data):
     """At a learning rate of 0, what they end with is what they started from; and a search of depth
@@ -203,10 +237,11 @@ def test_variants_start_from_the_weights_that_are_asked_for(start, tmp_path, fak
     )
 
 
-def test_a_static_search_answers_beside_the_variant(tmp_path, fake_data, capsys, monkeypatch):
-    path = tmp_path / "run"
-    parse(*TINY, f"--workdir={path}")
-    run._run("synthetic")
+@pytest.mark.xdist_group("finished_run")
+def test_a_static_search_answers_beside_the_variant(
+    finished_run, tmp_path, fake_data, capsys, monkeypatch
+):
+    path = shutil.copytree(finished_run, tmp_path / "run")
     written = json.loads((path / "results.json").read_text())
     row, before = written["variants"][0], (path / "metrics.jsonl").read_text()
     wanted = {
@@ -267,10 +302,12 @@ def test_a_static_search_answers_beside_the_variant(tmp_path, fake_data, capsys,
         static_search._run()
 
 
-def test_widths_from_scratch_answer_beside_the_variant(tmp_path, fake_data, capsys, monkeypatch):
-    path = tmp_path / "run"
-    parse(*TINY, f"--workdir={path}")
-    run._run("synthetic")
+@pytest.mark.xdist_group("finished_run")
+@pytest.mark.usefixtures("made_up_table")
+def test_widths_from_scratch_answer_beside_the_variant(
+    finished_run, tmp_path, fake_data, capsys, monkeypatch
+):
+    path = shutil.copytree(finished_run, tmp_path / "run")
     written = json.loads((path / "results.json").read_text())
     wanted = {"workdir": str(path), "variant": "A", "data_dir": ""}
 
@@ -539,6 +576,7 @@ def test_a_run_keeps_the_table_it_began_with(tmp_path):
         timing.table_of_run(section, spec, files, path=str(other), allow_foreign=True)
 
 
+@pytest.mark.usefixtures("made_up_table")
 def test_a_training_that_diverges_is_one_line_and_not_saved(tmp_path, fake_data):
     rate = ["--pretrain_learning_rate=1e30", "--pretrain_epochs=1"]
     parse(*TINY, *rate, f"--workdir={tmp_path / 'w'}")
@@ -547,6 +585,7 @@ def test_a_training_that_diverges_is_one_line_and_not_saved(tmp_path, fake_data)
     assert not list((tmp_path / "w/checkpoints/pretrain").iterdir())
 
 
+@pytest.mark.usefixtures("made_up_table")
 def test_a_repeat_decides_about_no_training_image_again(tmp_path, fake_data, monkeypatch):
     path = tmp_path / "run"
     arguments = [*TINY, "--variants=1", "--finetune_settle_tolerance=0.2"]
