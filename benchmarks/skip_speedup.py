@@ -12,8 +12,8 @@ lie in memory is worth a tenth. A turn's first calls are not timed: after anothe
 takes up to 1.15 times as long for some six images, the more of them the more weights and code it
 has, and what is deployed answers many in a row. Batches are shared out among as many programs as
 there are threads. With --workdir a trained variant answers validation images as well, under the
-masks of its controller, and beside it MobileNetV2 of the run's width, whose time in ONNX Runtime is
-what a variant has to be faster than.
+masks of its controller, in turn with `mobilenetv2_onnx_runtime`, MobileNetV2 of the run's width,
+which is what it has to be faster than.
 """
 
 import functools
@@ -93,6 +93,13 @@ def _one_image(
     return {**calls, **exported, **subjects.peers(mask, image, threads=threads)}
 
 
+def _mobilenetv2(subjects: Subjects, image: np.ndarray, threads: int) -> dict[str, Call]:
+    """MobileNetV2 of a variant's width, which no one has trained here, in ONNX Runtime."""
+    peers = subjects.peers(subjects.masks()["mobilenetv2"], image, threads=threads)
+    name = "onnx_runtime"
+    return {f"mobilenetv2_{name}": peers[name]} if name in peers else {}
+
+
 def _trained_images(masks: np.ndarray) -> dict[str, int]:
     """By name, an image of each of the most frequent architectures among masks [N, L, O]."""
     flattened = masks.reshape(len(masks), -1)
@@ -105,22 +112,21 @@ def _time_one_image(
     spec: SupernetSpec, trained: _Trained, size: int, rounds: int, threads: int, process: int
 ) -> dict[str, Times]:
     """Times of every case, in an inference process of so many threads."""
-    subjects = Subjects.random(spec, 1)
-    cases = [(name, subjects, subjects.images, mask) for name, mask in subjects.masks().items()]
+    made_up = Subjects.random(spec, 1)
+    cases = [(name, made_up, made_up.images, mask) for name, mask in made_up.masks().items()]
     if trained[0]:
-        subjects = Subjects.trained(*trained, count=size)
-        masks = subjects.decide(subjects.images)
+        variant = Subjects.trained(*trained, count=size)
+        masks = variant.decide(variant.images)
         cases += [
-            (name, subjects, subjects.images[place : place + 1], masks[place])
+            (name, variant, variant.images[place : place + 1], masks[place])
             for name, place in _trained_images(masks).items()
         ]
-        baseline = Subjects.random(subjects.spec, 1)
-        mobilenetv2 = baseline.masks()["mobilenetv2"]
-        cases.append(("trained_mobilenetv2", baseline, baseline.images, mobilenetv2))
     times = {}
     for name, subjects, image, mask in tqdm(cases, desc=f"one image, {threads} threads"):
         calls = _one_image(subjects, image, mask, threads, process)
         _check_answers(name, calls)
+        if subjects is not made_up:
+            calls |= _mobilenetv2(subjects, image, threads)
         times[f"one_image_{name}"] = turns.time_in_turn(
             calls, turns=_TURNS_OF_IMAGES_A_ROUND * rounds, warming=_WARMING_IMAGES
         )

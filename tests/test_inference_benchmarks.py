@@ -80,6 +80,26 @@ def test_all_executions_of_an_image_agree_under_every_mask():
         skip_speedup._check_answers(name, calls)
 
 
+def test_a_variant_is_timed_beside_mobilenetv2(monkeypatch):
+    """Which answers otherwise."""
+    variant, rival = Subjects.random(SPEC, 1), lambda: None
+    asked = []
+
+    def peers(self, architecture, images, *, threads):
+        asked.append((architecture, threads))
+        return {"torch_eager": lambda: None, "onnx_runtime": rival}
+
+    monkeypatch.setattr(Subjects, "peers", peers)
+    calls = skip_speedup._mobilenetv2(variant, variant.images, 2)
+    assert calls == {"mobilenetv2_onnx_runtime": rival}
+    ((architecture, threads),) = asked
+    wanted = search_space.uniform_architecture(SPEC, search_space.MOBILENETV2_OP)
+    np.testing.assert_array_equal(architecture, wanted)
+    assert threads == 2
+    monkeypatch.setattr(Subjects, "peers", lambda *_, **__: {})
+    assert skip_speedup._mobilenetv2(variant, variant.images, 2) == {}
+
+
 @pytest.mark.usefixtures("no_peers")
 def test_all_executions_of_a_batch_agree():
     for name, calls in skip_speedup._batches(Subjects.random(SPEC, 11), 4, threads=2).items():

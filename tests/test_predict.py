@@ -28,6 +28,7 @@ from instanas_jax import (
     onnx_graph,
     onnx_model,
     policy,
+    search_space,
     supernet,
     train_state,
 )
@@ -429,6 +430,7 @@ class TestExport:
         done = self.run(f"--workdir={workdir}", f"--output={target}", *settings)
         assert done.returncode == 0, done.stderr
         assert "as this program does (relative error" in done.stdout
+        assert re.search(r"MobileNetV2 of this width 0\.\d+ ms in ONNX Runtime", done.stdout)
         budget_ms = 3.0 if len(settings) > 1 else None
         opened = trained_run.open_run(str(workdir))
         variant = settings[0][-1]
@@ -469,5 +471,22 @@ class TestExport:
         predictor = inference.make_predictor(
             opened.spec, lowering=convolution.default_lowering(), **state["B"]
         )
+        images = export.made_up_images(opened.spec.image_size)
         with pytest.raises(InputError, match="answers otherwise"):
-            export.compare(predictor, content, image_size=opened.spec.image_size, threads=1)
+            export.compare(predictor, export.open_model(content, threads=1), images)
+
+    def test_it_is_timed_beside_mobilenetv2(self, workdir):
+        opened = trained_run.open_run(str(workdir))
+        state = export.state_of(opened, trained_run.networks_at(opened, "B", None))
+        rival = export.open_model(export.mobilenetv2(opened.spec, state), threads=1)
+        del state["controller_variables"]
+        architecture = search_space.uniform_architecture(opened.spec, search_space.MOBILENETV2_OP)
+        ours = inference.make_static_predictor(
+            opened.spec,
+            architecture=architecture,
+            lowering=convolution.default_lowering(),
+            **state,
+        )
+        (class_logits, mask), (expected, _) = rival(TEST_IMAGES[0]), ours(TEST_IMAGES[0])
+        np.testing.assert_allclose(class_logits, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(mask, architecture > 0.5)
