@@ -128,9 +128,9 @@ def _make_up_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "measure_table", made_up)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """The folder of a run of two variants; for tests of one group, which one worker runs."""
+    """The folder of a run of two variants; tests that one worker runs share it."""
     path = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patched:
         _time_here(patched)
@@ -240,7 +240,6 @@ def test_variants_start_from_the_weights_that_are_asked_for(start, tmp_path, fak
     )
 
 
-@pytest.mark.xdist_group("finished_run")
 def test_a_static_search_answers_beside_the_variant(
     finished_run, tmp_path, fake_data, capsys, monkeypatch
 ):
@@ -305,7 +304,6 @@ def test_a_static_search_answers_beside_the_variant(
         static_search._run()
 
 
-@pytest.mark.xdist_group("finished_run")
 @pytest.mark.usefixtures("made_up_table")
 def test_widths_from_scratch_answer_beside_the_variant(
     finished_run, tmp_path, fake_data, capsys, monkeypatch
