@@ -95,9 +95,9 @@ def _one_image(
 
 def _mobilenetv2(subjects: Subjects, image: np.ndarray, threads: int) -> dict[str, Call]:
     """MobileNetV2 of a variant's width, which no one has trained here, in ONNX Runtime."""
-    peers = subjects.peers(subjects.masks()["mobilenetv2"], image, threads=threads)
-    name = "onnx_runtime"
-    return {f"mobilenetv2_{name}": peers[name]} if name in peers else {}
+    architecture = subjects.masks()["mobilenetv2"]
+    peers = subjects.peers(architecture, image, threads=threads, names=["onnx_runtime"])
+    return {f"mobilenetv2_{name}": call for name, call in peers.items()}
 
 
 def _trained_images(masks: np.ndarray) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from instanas_jax.policy import Settled
 from instanas_jax.search_space import MOBILENETV2_OP, SupernetSpec, uniform_architecture
 
 DENSITIES = {"sparse": 0.1, "medium": 0.25, "dense": 0.6, "all_on": 1.0}
+PEERS = ("torch_eager", "torch_folded", "onnx_runtime")
 
 Call = Callable[[], Any]
 
@@ -167,7 +168,12 @@ class Subjects:
         return {"exported": functools.partial(session.run, ["class_logits"], {"image": image})}
 
     def peers(
-        self, architecture: np.ndarray, images: np.ndarray, *, threads: int
+        self,
+        architecture: np.ndarray,
+        images: np.ndarray,
+        *,
+        threads: int,
+        names: Sequence[str] = PEERS,
     ) -> dict[str, Call]:
         """Peers by name; a missing one is told, and left out."""
         net = peers.subnet(self.spec, self.state["supernet_variables"], architecture)
@@ -180,9 +186,9 @@ class Subjects:
             ),
         }
         calls: dict[str, Call] = {}
-        for name, make in makers.items():
+        for name in names:
             try:
-                calls[name] = functools.partial(make(threads=threads), planes)
+                calls[name] = functools.partial(makers[name](threads=threads), planes)
             except peers.Missing as missing:
                 print(f"missing peer: {missing}")
         return calls

@@ -133,20 +133,18 @@ def _compared(run: TrainedRun, state: dict[str, Any], content: bytes) -> str:
     exported = open_model(content, threads=threads)
     images = made_up_images(run.spec.image_size)
     error, architectures = compare(ours, exported, images)
-    times = inference.time_in_turn(
-        {
-            "exported": exported,
-            "ours": ours,
-            "mobilenetv2": open_model(mobilenetv2(run.spec, state), threads=threads),
-        },
-        images,
-    )
-    exported_ms, ours_ms, mobilenetv2_ms = (np.median(times[name]) for name in times)
+    predictors = {
+        "exported": exported,
+        "ours": ours,
+        "mobilenetv2": open_model(mobilenetv2(run.spec, state), threads=threads),
+    }
+    times = inference.time_in_turn(predictors, images)
+    ms = {name: f"{np.median(of_images):.3f} ms" for name, of_images in times.items()}
     return (
         f"ONNX Runtime answers {len(images)} made-up images by {architectures} architectures as "
         f"this program does (relative error {error:.0e})\n"
-        f"one image takes {exported_ms:.3f} ms in ONNX Runtime, {ours_ms:.3f} ms in this program; "
-        f"MobileNetV2 of this width {mobilenetv2_ms:.3f} ms in ONNX Runtime"
+        f"one image takes {ms['exported']} in ONNX Runtime, {ms['ours']} in this program; "
+        f"MobileNetV2 of this width {ms['mobilenetv2']} in ONNX Runtime"
     )
 
 

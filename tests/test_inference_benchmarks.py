@@ -85,9 +85,10 @@ def test_a_variant_is_timed_beside_mobilenetv2(monkeypatch):
     variant, rival = Subjects.random(SPEC, 1), lambda: None
     asked = []
 
-    def peers(self, architecture, images, *, threads):
+    def peers(self, architecture, images, *, threads, names):
         asked.append((architecture, threads))
-        return {"torch_eager": lambda: None, "onnx_runtime": rival}
+        every = {"torch_eager": lambda: None, "onnx_runtime": rival}
+        return {name: every[name] for name in names}
 
     monkeypatch.setattr(Subjects, "peers", peers)
     calls = skip_speedup._mobilenetv2(variant, variant.images, 2)
