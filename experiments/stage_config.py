@@ -125,6 +125,13 @@ class FinetuneConfig:
         minimum=0.0,
         maximum=0.49,
     )
+    open_share: float = setting(
+        0.0,
+        "Share of the updates, the first ones, in which all images run every path that some image "
+        "may run, so that each path learns from all of them.",
+        minimum=0.0,
+        maximum=1.0,
+    )
     threshold_spread: float = setting(
         0.0,
         "Every image is decided at a threshold of its logits drawn from 0 plus or minus this, so "

@@ -77,7 +77,7 @@ def run_stage(
         dynamic_ncols=True,
         disable=not parallel.is_first(),
     )
-    rows = _LateRows(writer, stage.name, bar)
+    rows = LateRows(writer, stage.name, bar)
     with bar:
         running = train_loop.run(stage, parallel.replicate(host_state), batches, first_step=done)
         for done, device_state, device_metrics in running:
@@ -88,11 +88,12 @@ def run_stage(
                 logged[phase] = (done - 1) // log_steps
                 rows.add(done, device_metrics)
             if done % eval_steps == 0 or done == total_steps or done in keep_steps:
-                rows.write()
+                parallel.from_first(rows.finish)
                 host_state = parallel.unreplicate(device_state)
                 _check_finite(host_state, stage.name, done)
                 validation = validate(train_state.unravel(host_state), done)
-                writer.write(done, validation, stage.name)
+                write_validation = functools.partial(writer.write, done, validation, stage.name)
+                parallel.from_first(write_validation)
                 if parallel.is_first():
                     tqdm.write(f"{stage.name} {done}/{total_steps}: {_postfix(validation)}")
                 elapsed = seconds + time.perf_counter() - started
@@ -113,20 +114,35 @@ def _check_finite(state: TrainState, stage_name: str, done: int) -> None:
             )
 
 
-class _LateRows:
+class LateRows:
     """Metrics of a step are fetched when the next are added, when the device is long done: reading
-    them at once would wait for it, and leave it idle afterwards."""
+    them at once would wait for it, and leave it idle afterwards.
+
+    A row that process 0 of several can't write ends all of them in `finish`, where they meet:
+    between steps it would leave alone, and the others wait for it until they give up.
+    """
 
     def __init__(self, writer: metrics.Writer, stage_name: str, bar: tqdm):
         self._writer, self._stage_name, self._bar = writer, stage_name, bar
         self._waiting: tuple[int, dict[str, Any]] | None = None
+        self._failure: Exception | None = None
 
     def add(self, done: int, device_metrics: dict[str, Any]) -> None:
-        self.write()
+        try:
+            self._write_waiting()
+        except Exception as error:  # Of whatever kind: see the class.
+            if parallel.process_count() == 1:
+                raise
+            self._failure = self._failure or error
         self._waiting = done, device_metrics
 
-    def write(self) -> None:
-        """Writes what waits."""
+    def finish(self) -> None:
+        """Writes what waits; fails with the first row that failed since."""
+        if self._failure:
+            raise self._failure
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
         if self._waiting is None:
             return
         (done, device_metrics), self._waiting = self._waiting, None

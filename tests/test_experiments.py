@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from tqdm import tqdm
 
 from experiments import (
     cifar10,
@@ -435,6 +436,26 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     assert rows["whole"] == rows["killed"]
     kept = stage_runner.restore_kept(tmp_path / "killed/search", 2, fresh_state())
     assert int(kept.step) == 2
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_row_that_cannot_be_written_ends_a_run_where_its_processes_meet(monkeypatch, processes):
+    class Full(metrics.MultiWriter):
+        def write(self, step, scalars, stage):
+            raise OSError(28, f"no space for row {step}")
+
+    monkeypatch.setattr(parallel, "process_count", lambda: processes)
+    rows = stage_runner.LateRows(Full([]), "search", tqdm(disable=True))
+    scalars = parallel.replicate({"loss": np.float32(1.0)})
+    rows.add(1, scalars)
+    if processes == 1:
+        with pytest.raises(OSError, match="row 1"):
+            rows.add(2, scalars)
+    else:
+        rows.add(2, scalars)
+        rows.add(3, scalars)
+        with pytest.raises(OSError, match="row 1"):
+            rows.finish()
 
 
 @pytest.mark.parametrize(
