@@ -102,9 +102,14 @@ class Pipeline:
                     self._plan_variant(name, snapshot, pretrained)
                     for name, snapshot in snapshots.items()
                 ]
-                self._compile_ahead(compiler, fresh, [plan for plan, _ in finetunings])
+                shared = self.planner.shared(
+                    controller.settled(self.spec, state.controller) for _, state in finetunings
+                )
+                plans = [shared, *(plan for plan, _ in finetunings)]
+                self._compile_ahead(compiler, fresh, [plan for plan in plans if plan])
                 begin = self._begin_of_statics(pretrained)
                 statics = [self._finetune(plan, begin) for plan in baselines]
+                finetunings, shared_seconds = self._share(shared, finetunings)
                 variants = [self._finetune(plan, state) for plan, state in finetunings]
             finally:
                 compiler.shutdown(wait=False, cancel_futures=True)
@@ -112,7 +117,7 @@ class Pipeline:
         seconds = {
             "pretrain": pretrain_seconds,
             "search": search_seconds,
-            "finetune": sum(network.seconds for network in variants),
+            "finetune": shared_seconds + sum(network.seconds for network in variants),
             "static": sum(network.seconds for network in statics),
         }
         return results.collect(
@@ -196,6 +201,7 @@ class Pipeline:
             seed=self.config.run.seed,
             checkpoints=self.workdir.checkpoints(plan.stage.name),
             writer=self.writer,
+            first_step=plan.first_step,
             eval_steps=self.planner.steps(self.config.run.eval_epochs, batch_size),
             log_steps=self.config.run.log_steps,
             **options,
@@ -230,6 +236,19 @@ class Pipeline:
             controller=controller.settle(snapshot.controller, settled),
         )
         return self.planner.variant(name, settled), state
+
+    def _share(
+        self, shared: Plan | None, finetunings: list[tuple[Plan, TrainState]]
+    ) -> tuple[list[tuple[Plan, TrainState]], float]:
+        """What variants train together; then their states, each with its own policy, and the
+        seconds that it took."""
+        if shared is None:
+            return finetunings, 0.0
+        network = self._finetune(shared, finetunings[-1][1])
+        return [
+            (plan, dataclasses.replace(network.state, controller=state.controller))
+            for plan, state in finetunings
+        ], network.seconds
 
     def _settled_before(self, name: str) -> policy.Settled | None:
         """With what a variant that has a checkpoint began: where images stream, deciding about all

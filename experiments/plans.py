@@ -1,6 +1,7 @@
 """What each stage of a run trains, by which settings, and for how many updates."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -16,6 +17,8 @@ class Plan:
     """A stage, and the section of the configuration that it trains by.
 
     Attributes:
+      total_steps: updates after which the stage ends.
+      first_step: updates among them that its first state brings along, from another stage.
       name: of the network that the stage makes, if it is a finetuning.
       architecture: [L, O] that decides its paths, if it is not the network itself.
     """
@@ -23,6 +26,7 @@ class Plan:
     stage: Stage
     section: PretrainConfig | SearchConfig | FinetuneConfig
     total_steps: int
+    first_step: int = 0
     name: str = ""
     architecture: np.ndarray | None = None
 
@@ -69,8 +73,27 @@ class Planner:
         return Plan(stage, section, total_steps)
 
     def variant(self, name: str, settled: policy.Settled) -> Plan:
-        """Finetuning of a snapshot that has settled these decisions."""
-        return self._finetuning(name, settled, self.config.finetune, None)
+        """Finetuning of a snapshot that has settled these decisions, after what variants share."""
+        plan = self._finetuning(name, settled, self.config.finetune, None)
+        return dataclasses.replace(plan, first_step=self.shared_steps)
+
+    @property
+    def shared_steps(self) -> int:
+        """The first updates of finetuning, which variants share; the last is each one's own."""
+        section = self.config.finetune
+        total_steps = self.steps(section.epochs, section.batch_size)
+        return min(round(section.open_share * total_steps), total_steps - 1)
+
+    def shared(self, policies: Iterable[policy.Settled]) -> Plan | None:
+        """What variants with these settled decisions share, if anything: all images run every path
+        that some image of one of them may run."""
+        if not self.shared_steps:
+            return None
+        forced_cells = self.setting.spec.forced_cells
+        paths = np.any([settled.may_run(forced_cells) for settled in policies], axis=0)
+        settled, architecture = policy.Settled.architecture(paths), paths.astype(np.float32)
+        plan = self._finetuning("shared", settled, self.config.finetune, architecture)
+        return dataclasses.replace(plan, total_steps=self.shared_steps)
 
     def one_op(self, op_name: str) -> Plan:
         """A static baseline with the same op in all cells."""
@@ -123,4 +146,4 @@ class Planner:
         total_steps = self.steps(section.epochs, section.batch_size)
         stage = recipe.finetune_stage(self.setting, section, total_steps, settled)
         stage = dataclasses.replace(stage, name=f"finetune_{name}")
-        return Plan(stage, section, total_steps, name, architecture)
+        return Plan(stage, section, total_steps, name=name, architecture=architecture)

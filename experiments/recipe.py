@@ -182,7 +182,6 @@ def finetune_stage(
         sgd=_sgd(section),
         total_steps=total_steps,
         settled=settled,
-        open_share=section.open_share,
         threshold_spread=section.threshold_spread,
         cut_mix=section.cut_mix,
         label_smoothing=section.label_smoothing,

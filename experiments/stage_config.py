@@ -127,8 +127,9 @@ class FinetuneConfig:
     )
     open_share: float = setting(
         0.0,
-        "Share of the updates, the first ones, in which all images run every path that some image "
-        "may run, so that each path learns from all of them.",
+        "Share of the updates, the first ones, that variants have in common: all images run every "
+        "path that an image of any variant may run, so that each path learns from all of them. "
+        "Where variants start from the search's weights, these begin with the last one's.",
         minimum=0.0,
         maximum=1.0,
     )

@@ -32,16 +32,19 @@ def run_stage(
     validate: Validate,
     eval_steps: int,
     log_steps: int,
+    first_step: int = 0,
     keep_steps: tuple[int, ...] = (),
     batches_named: str | None = None,
 ) -> tuple[TrainState, float]:
     """Trains until `total_steps` updates are done, from the newest checkpoint if there is one.
 
     Args:
-      state: the networks that the stage before handed over, on the host.
+      state: what the stage before handed over, on the host; its networks alone unless
+        `first_step` is given.
       checkpoints: the stage's folder; kept steps go to a folder of the same name + "_kept".
       validate: scalars of a host state after so many updates; never of the test split.
       eval_steps: updates between validations, each followed by a checkpoint.
+      first_step: updates of this stage that `state`, optimizers included, has behind it already.
       keep_steps: updates after which a checkpoint is kept for good, ascending.
       batches_named: the order of batches is a function of the seed and this name; the stage's
         own by default.
@@ -52,9 +55,11 @@ def run_stage(
     Raises:
       InputError: the training has diverged; what it has made since it was finite is not saved.
     """
-    fresh = _saved(train_state.ravel(train_state.restart(jax.device_get(state))), 0.0)
+    state = jax.device_get(state)
+    begin = state if first_step else train_state.restart(state)
+    fresh = _saved(train_state.ravel(begin), 0.0)
     files = _StageFiles(checkpoints, keep_steps)
-    done, saved = parallel.from_first(lambda: files.restore(fresh))
+    done, saved = parallel.from_first(lambda: files.restore_latest(fresh) or (first_step, fresh))
     parallel.from_first(lambda: writer.truncate_after(done if done else -1, stage.name))
     # Resuming must start from the same bits as going on: the host copy of the state.
     host_state, seconds = saved["state"], float(saved["seconds"])
@@ -168,10 +173,9 @@ class _StageFiles:
             if keep_steps:
                 self._kept = checkpoint.StageCheckpoints(kept_directory(checkpoints), keep=None)
 
-    def restore(self, fresh: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Updates done and what the newest checkpoint holds, or 0 and `fresh`."""
-        restored = self._rolling.restore_latest(fresh) if self._rolling else None
-        return restored or (0, fresh)
+    def restore_latest(self, like: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
+        """Updates done and what the newest checkpoint holds, if there is one."""
+        return self._rolling.restore_latest(like) if self._rolling else None
 
     def save(self, done: int, saved: dict[str, Any]) -> None:
         if self._kept and done in self._keep_steps:

@@ -86,7 +86,6 @@ def finetune(
     sgd: optimizers.SgdSettings,
     total_steps: int,
     settled: policy.Settled,
-    open_share: float = 0.0,
     threshold_spread: float = 0.0,
     cut_mix: float = 0.0,
     label_smoothing: float = 0.0,
@@ -97,8 +96,6 @@ def finetune(
       name: of the stage and its checkpoints.
       settled: the decisions that the state's controller gives to every image; where that is
         everything, all images have one architecture and the controller is not asked.
-      open_share: of the updates, the first ones, in which all images run every path that some image
-        may run: each learns from all of them before images are divided. Our addition.
       threshold_spread: every image is decided at a threshold drawn evenly from 0 plus or minus
         this, so that the network learns to answer under the budgets that the threshold can meet
         later (`budget`). Our addition.
@@ -108,7 +105,6 @@ def finetune(
         section 7). Our addition.
     """
     spec = setting.spec
-    may_run = settled.may_run(spec.forced_cells)
     rate = optimizers.learning_rate_schedule(
         sgd.schedule, learning_rate=sgd.learning_rate, total_steps=total_steps
     )
@@ -131,9 +127,6 @@ def finetune(
             if threshold_spread:
                 policy_logits -= policy.random_thresholds(draws.mask, threshold_spread)
             mask = policy.greedy(policy_logits)
-            if open_share:
-                opened = state.step < open_share * total_steps
-                mask = jnp.where(opened, may_run.astype(mask.dtype), mask)
         return supernet_inputs(
             spec,
             images,
@@ -145,5 +138,5 @@ def finetune(
             targets=targets,
         )
 
-    update = supernet_update(setting, some_paths(may_run))
-    return Stage(name, (Phase("supernet", prepare, update),))
+    paths = some_paths(settled.may_run(spec.forced_cells))
+    return Stage(name, (Phase("supernet", prepare, supernet_update(setting, paths)),))

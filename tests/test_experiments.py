@@ -1,5 +1,6 @@
 """The programs that users run: every shipped flagfile, resuming, and mistakes."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -145,7 +146,8 @@ def finished_run(tmp_path_factory):
 def test_every_shipped_flagfile_runs_to_its_results(
     flagfile, tmp_path, fake_data, capsys, monkeypatch
 ):
-    whole = flagfile.stem == "digits"  # Measures its latency table, and has a second variant.
+    # Measures its latency table, and has a second variant, which begins as the first does.
+    whole = flagfile.stem == "digits"
     if not whole:
         _make_up_tables(monkeypatch)
     variants = ["A", "B"] if whole else ["A"]
@@ -158,6 +160,8 @@ def test_every_shipped_flagfile_runs_to_its_results(
         ops.pop("", None)
         names = (list(ops) * 4)[: ModelConfig(preset="tiny").spec(num_classes=10).num_cells]
         smaller.append(f"--search_start_op={','.join(names)}")
+    if whole:
+        smaller += ["--finetune_epochs=1", "--finetune_open_share=0.5"]
     parse(f"--flagfile={flagfile}", *smaller)
     run._run(name)
     results = json.loads((tmp_path / "run/results.json").read_text())
@@ -172,7 +176,11 @@ def test_every_shipped_flagfile_runs_to_its_results(
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     networks = ["mobilenetv2", *variants]
-    assert stages == ["pretrain", "search", *(f"finetune_{name}" for name in networks)]
+    finetuned = ["mobilenetv2", "shared", *variants] if whole else networks
+    assert stages == ["pretrain", "search", *(f"finetune_{name}" for name in finetuned)]
+    if whole:
+        steps = {stage: [row["step"] for row in rows if row["stage"] == stage] for stage in stages}
+        assert max(steps["finetune_shared"]) < min(steps["finetune_A"] + steps["finetune_B"])
     assert any("validation_accuracy" in row for row in rows)
     assert any("sampled_reward" in row for row in rows)
     for file in ("flags.txt", "config.json", "versions.json", "latency_table.json"):
@@ -382,6 +390,72 @@ def test_batches_that_mix_are_shared_in_pairs():
 def test_a_program_runs_its_own_data(name):
     assert PROGRAMS[name].DEFAULTS.dataset.startswith(name)
     assert PROGRAMS[name].DEFAULTS.dataset in data_sources.NAMES
+
+
+def test_variants_share_the_first_updates_of_their_finetuning_by_every_path_of_any_of_them():
+    shape = make_setting(None).spec.mask_shape
+    forced = make_setting(None).spec.forced_cells
+    policies = []
+    for op in (1, 2):  # One leaves op 1 of cell 1 to the image, the other op 2.
+        off = np.ones(shape, bool)
+        off[1, op] = False
+        policies.append(policy.Settled(on=np.zeros(shape, bool), off=off))
+
+    def plan(**options) -> Planner:
+        section = FinetuneConfig(epochs=2.0, batch_size=16, start="scratch", **options)
+        config = Config("synthetic", finetune=section)
+        return Planner(config, make_setting(None), make_table(), images=64)
+
+    planner = plan(open_share=0.75)
+    shared = planner.shared(policies)
+    assert shared is not None
+    assert (shared.first_step, shared.total_steps, shared.stage.name) == (0, 6, "finetune_shared")
+    np.testing.assert_array_equal(
+        shared.architecture, np.logical_or(*(one.may_run(forced) for one in policies))
+    )
+    variant = planner.variant("A", policies[0])
+    assert (variant.first_step, variant.total_steps) == (6, 8)
+    static = planner.static("s", search_space.uniform_architecture(planner.setting.spec, 0))
+    assert (static.first_step, static.total_steps) == (0, 8)
+    alone = plan()
+    assert alone.shared(policies) is None and alone.variant("A", policies[0]).first_step == 0
+    assert plan(open_share=1.0).shared_steps == 7  # Or a variant would have no checkpoint.
+
+
+def test_a_stage_goes_on_bit_for_bit_where_another_has_begun_it(tmp_path):
+    """Search, whose phases take turns and have an optimizer each."""
+    images = data.split(
+        data_sources.synthetic(train_size=64, test_size=8), validation_size=16
+    ).train
+    stage = make_stage("search", parallel.AXIS_NAME)
+
+    def train(name: str, state, steps: range):
+        with contextlib.closing(metrics.JsonlWriter(tmp_path / name / "metrics.jsonl")) as writer:
+            final, _ = stage_runner.run_stage(
+                dataclasses.replace(stage, name=name),
+                state,
+                images,
+                first_step=steps.start,
+                total_steps=steps.stop,
+                batch_size=16,
+                seed=5,
+                checkpoints=tmp_path / name / "checkpoints",
+                writer=writer,
+                validate=lambda state, step: {},
+                eval_steps=4,
+                log_steps=1,
+                batches_named="search",
+            )
+        rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        assert {json.loads(row)["step"] for row in rows} == {step + 1 for step in steps}
+        return final
+
+    whole = train("whole", fresh_state(), range(4))
+    begun = train("begun", fresh_state(), range(2))
+    for _ in range(2):  # The second time from its checkpoint.
+        gone_on = train("gone_on", begun, range(2, 4))
+        for ours, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(gone_on), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 class Killed(Exception):

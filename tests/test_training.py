@@ -378,34 +378,6 @@ def test_finetuning_over_thresholds_draws_one_an_image():
     assert not np.array_equal(masks, without)
 
 
-def test_finetuning_runs_every_path_that_may_run_until_it_divides_the_images():
-    setting, settled = make_setting(None), some_settled()
-    batch = next(iter(data_lib.train_batches(IMAGES, batch_size=BATCH, seed=1, num_steps=1)))
-    state = fresh_state()
-    divides = controller.settle(undecided_about(state, batch["image"]), settled)
-    state = train_state.ravel(state.replace(controller=divides))
-
-    def mask_at(step: int, **options) -> np.ndarray:
-        stage = stages.finetune(
-            setting,
-            name="finetune",
-            sgd=optimizers.SgdSettings(0.05),
-            total_steps=4,
-            settled=settled,
-            **options,
-        )
-        then = state.replace(step=jnp.asarray(step, state.step.dtype))
-        return np.asarray(jax.jit(stage.phases[0].prepare)(then, dict(batch))["mask"])
-
-    everything = settled.may_run(SPEC.forced_cells)
-    for step in (0, 1):
-        assert (mask_at(step, open_share=0.5) == everything).all()
-    for step in (2, 3):  # Each of its own crops.
-        divided = mask_at(step)
-        assert not (divided == everything).all()
-        np.testing.assert_array_equal(mask_at(step, open_share=0.5), divided)
-
-
 def test_no_key_is_drawn_for_two_uses():
     """Of images, steps and stages: augmentation, masks and mixing have keys of their own."""
     setting, keys = make_setting(None), []
