@@ -88,15 +88,14 @@ class Pipeline:
         self._begin_sitting()
         pretraining, searching = self.planner.pretraining(), self.planner.search()
         baselines = [self.planner.one_op(op) for op in self.config.run.static_ops]
-        fresh = self._fresh
         # What trains later compiles on the cores that what trains now leaves idle; what trains
         # first compiles alone, or it would share them while nothing trains.
         with concurrent.futures.ThreadPoolExecutor(1) as compiler:
             try:
-                self._compile_ahead(compiler, fresh, [pretraining])
-                compiler.submit(self.evaluate.compile_ahead, fresh, self.dataset.validation)
-                self._compile_ahead(compiler, fresh, [searching, *baselines])
-                pretrained, pretrain_seconds = self._pretrain(pretraining, fresh)
+                self._compile_ahead(compiler, [pretraining])
+                compiler.submit(self.evaluate.compile_ahead, self._fresh, self.dataset.validation)
+                self._compile_ahead(compiler, [searching, *baselines])
+                pretrained, pretrain_seconds = self._pretrain(pretraining)
                 snapshots, search_seconds = self._search(searching, pretrained)
                 finetunings = [
                     self._plan_variant(name, snapshot, pretrained)
@@ -106,7 +105,7 @@ class Pipeline:
                     controller.settled(self.spec, state.controller) for _, state in finetunings
                 )
                 plans = [shared, *(plan for plan, _ in finetunings)]
-                self._compile_ahead(compiler, fresh, [plan for plan in plans if plan])
+                self._compile_ahead(compiler, [plan for plan in plans if plan])
                 begin = self._begin_of_statics(pretrained)
                 statics = [self._finetune(plan, begin) for plan in baselines]
                 finetunings, shared_seconds = self._share(shared, finetunings)
@@ -145,7 +144,7 @@ class Pipeline:
                 f"{checkpoints} lacks the pretrained supernet: copy the run's folder whole, or "
                 "repeat the command of the run in another --workdir"
             )
-        return self._pretrain(plan, self._fresh)[0]
+        return self._pretrain(plan)[0]
 
     def train_static(self, name: str, architecture: np.ndarray, pretrained: TrainState) -> Network:
         """One architecture [L, O] as the run's static baselines are trained, or resumed."""
@@ -176,11 +175,9 @@ class Pipeline:
         }
         parallel.from_first(lambda: self.workdir.begin_sitting(where))
 
-    def _compile_ahead(
-        self, compiler: concurrent.futures.Executor, state: TrainState, plans: list[Plan]
-    ) -> None:
+    def _compile_ahead(self, compiler: concurrent.futures.Executor, plans: list[Plan]) -> None:
         """Of stages that are not done yet. What fails here fails again in its turn, and is seen."""
-        raveled = train_state.ravel(state)
+        raveled = train_state.ravel(self._fresh)
         for plan in plans:
             checkpoints = self.workdir.checkpoints(plan.stage.name)
             if not stage_runner.is_done(checkpoints, plan.total_steps):
@@ -270,10 +267,10 @@ class Pipeline:
             tolerance=section.settle_tolerance,
         )
 
-    def _pretrain(self, plan: Plan, fresh: TrainState) -> tuple[TrainState, float]:
-        all_trained = self.planner.trained_paths.astype(np.float32)
+    def _pretrain(self, plan: Plan) -> tuple[TrainState, float]:
+        paths = self.planner.trained_paths.astype(np.float32)
         return self._run_stage(
-            plan, fresh, validate=lambda state, step: self._validate(state, all_trained)
+            plan, self._fresh, validate=lambda state, step: self._validate(state, paths)
         )
 
     def _search(self, plan: Plan, pretrained: TrainState) -> tuple[dict[str, TrainState], float]:
