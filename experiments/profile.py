@@ -8,7 +8,7 @@ from absl import flags
 from experiments import flags as flags_lib
 from experiments import timing
 from experiments.config import ModelConfig, RunConfig
-from instanas_jax import environment, latency
+from instanas_jax import environment, latency, latency_file
 
 
 def _measure() -> None:
@@ -17,7 +17,7 @@ def _measure() -> None:
     spec = model.spec(num_classes=flags.FLAGS.num_classes)
     environment.configure_cpu(inference_threads=run.inference_threads)
     table = timing.profile(spec, run.profile_rounds)
-    latency.save(table, output)
+    latency_file.save(table, output)
     bounds = latency.baselines(table, spec)
     print(
         f"cells: MobileNetV2 {bounds.mobilenetv2_ms:.3f} ms, every path {bounds.max_ms:.3f} ms, "

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from experiments.config import RunConfig
 from experiments.workdir import RunFiles, load_table
-from instanas_jax import convolution, environment, inference, latency, profiling
+from instanas_jax import convolution, environment, inference, latency_file, profiling
 from instanas_jax.errors import InputError
 from instanas_jax.latency import FIXED_PARTS, IN_NETWORK, LatencyTable
 from instanas_jax.search_space import SupernetSpec
@@ -50,7 +50,9 @@ def table_of_run(
     """
     if files.latency_table.exists():
         go_on = "leave --latency_table out to go on with the run's own"
-        if path and not _is_same(latency.load(path, spec, advice=go_on), load_table(files, spec)):
+        if path and not _is_same(
+            latency_file.load(path, spec, advice=go_on), load_table(files, spec)
+        ):
             raise InputError(
                 f"{files.path} holds a run by another latency table than --latency_table={path}: "
                 f"{go_on}, or name another --workdir"
@@ -59,10 +61,10 @@ def table_of_run(
         threads = section.inference_threads
         if path:
             device = environment.describe_device(inference_threads=threads)
-            table = latency.load(path, spec, device=device, allow_foreign=allow_foreign)
+            table = latency_file.load(path, spec, device=device, allow_foreign=allow_foreign)
         else:
             table = measure_table(spec, rounds=section.profile_rounds, threads=threads)
-        latency.save(table, files.latency_table)
+        latency_file.save(table, files.latency_table)
     # Times as they are rounded in the file. A run that resumes on another machine keeps its table,
     # and so its reward.
     return load_table(files, spec)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import Config
-from instanas_jax import environment, files, latency
+from instanas_jax import environment, files, latency, latency_file
 from instanas_jax.errors import InputError
 from instanas_jax.search_space import SupernetSpec
 
@@ -119,7 +119,7 @@ class Workdir(RunFiles):
 
 def load_table(run: RunFiles, spec: SupernetSpec) -> latency.LatencyTable:
     """The latency table that a run was searched with; InputError where it is lost or damaged."""
-    return latency.load(
+    return latency_file.load(
         run.latency_table,
         spec,
         advice="delete it and, if there is one, results.json beside it, and repeat the command of "

@@ -6,20 +6,15 @@ between several and one for the others, whose weights are few and at hand.
 """
 
 import dataclasses
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instanas_jax import files, policy
-from instanas_jax.errors import InputError
+from instanas_jax import policy
 from instanas_jax.search_space import MOBILENETV2_OP, SupernetSpec, uniform_architecture
 
-SCHEMA_VERSION = 4
 FIXED_PARTS = ("stem", "head", "controller")
 # What whole networks cost beyond their kernels timed alone:
 # call: a call that computes nothing, without weights of paths.
@@ -31,11 +26,6 @@ FIXED_PARTS = ("stem", "head", "controller")
 # `path` and `settled_path` may be less than zero, as a kernel timed alone is a program of its own;
 # as warm as in a network, that costs it little.
 IN_NETWORK = ("call", "held", "switch", "path", "megabyte", "several", "choice", "settled_path")
-_MAY_SAVE = ("path", "settled_path")
-MEASURE_ANEW = (
-    "measure one with `python -m experiments.profile --output=FILE`, or leave --latency_table out"
-)
-_GRIDS = ("cells_ms", "settled_ms", "spread_ms")  # Fields of shape [L, O].
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,115 +171,3 @@ def baselines(
         max_ms=float(table.settled_ms.sum()),
         min_ms=float(always_ms.sum() + fastest_ms[left_open].sum()),
     )
-
-
-def save(table: LatencyTable, path: str | os.PathLike[str]) -> None:
-    """Writes the table as JSON, whole or not at all."""
-    values = dataclasses.asdict(table)
-    for name in _GRIDS:
-        values[name] = np.round(values[name], 6).tolist()
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **values}, indent=1)
-    files.write_text(path, text + "\n")
-
-
-def load(
-    path: str | os.PathLike[str],
-    spec: SupernetSpec,
-    *,
-    device: dict[str, Any] | None = None,
-    allow_foreign: bool = False,
-    advice: str = MEASURE_ANEW,
-) -> LatencyTable:
-    """Reads a table and checks that it is of this supernet and of this device.
-
-    Args:
-      path: a file that `save` wrote.
-      spec: the supernet that is to be searched.
-      device: `environment.describe_device()`; None skips the check of the device.
-      allow_foreign: accept another device's table, to search for that device from here.
-      advice: what errors tell to do.
-
-    Raises:
-      InputError: no such file, not a table, or a table of something else.
-    """
-    table = _parse(path, advice)
-    wanted = json.loads(json.dumps(spec.to_json()))
-    if table.spec != wanted:
-        differing = sorted(
-            name
-            for name in {*wanted, *table.spec}
-            if table.spec.get(name) != wanted.get(name) and name != "num_classes"
-        )
-        # The classifier is in the head's time, but no cell depends on it.
-        if differing:
-            parts = "; ".join(
-                f"{name} is {table.spec.get(name)} there, {wanted.get(name)} here"
-                for name in differing
-            )
-            raise InputError(f"latency table {path} is of another supernet ({parts}): {advice}")
-    if device is not None and not allow_foreign and table.device != device:
-        raise InputError(
-            f"latency table {path} was measured on {_device_name(table.device)}, this is "
-            f"{_device_name(device)}: {advice}, or pass --allow_foreign_table to search for that "
-            "device"
-        )
-    return table
-
-
-def _device_name(device: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in sorted(device.items()))
-
-
-def _parse(path: str | os.PathLike[str], advice: str) -> LatencyTable:
-    try:
-        values = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise InputError(
-            f"latency table {path} cannot be read ({error.strerror}): {advice}"
-        ) from None
-    except ValueError as error:
-        raise InputError(f"latency table {path} is not JSON ({error}): {advice}") from None
-    try:
-        version = values.pop("schema_version")
-        if version != SCHEMA_VERSION:
-            raise InputError(
-                f"latency table {path} has schema_version {version}, this program reads "
-                f"{SCHEMA_VERSION}: {advice}"
-            )
-        grids = {name: np.asarray(values[name], np.float64) for name in _GRIDS}
-        sums = {
-            name: {part: float(time) for part, time in dict(values[name]).items()}
-            for name in ("fixed_ms", "in_network_ms")
-        }
-        device = dict(values["device"])
-        table = LatencyTable(**{**values, **grids, **sums, "device": device})
-        complete = set(table.fixed_ms) == set(FIXED_PARTS)
-        complete &= set(table.in_network_ms) == set(IN_NETWORK)
-        cells = sum(group[1] for group in table.spec["groups"])
-        ops = len(table.spec["ops"])
-    except InputError:
-        raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"latency table {path} lacks or misstates a field ({error}): {advice}"
-        ) from None
-    if table.batch_size != 1:
-        raise InputError(
-            f"latency table {path} is of batches of {table.batch_size} images, this program "
-            f"reads those of one: {advice}"
-        )
-    shape = (cells, ops)
-    if {grid.shape for grid in grids.values()} != {shape} or not complete:
-        shapes = ", ".join(f"{name} {list(grid.shape)}" for name, grid in grids.items())
-        raise InputError(
-            f"latency table {path} holds grids of shapes {shapes}, "
-            f"fixed_ms {sorted(table.fixed_ms)}, in_network_ms {sorted(table.in_network_ms)}; its "
-            f"spec needs {list(shape)}, {sorted(FIXED_PARTS)} and {sorted(IN_NETWORK)}: {advice}"
-        )
-    times = [*table.fixed_ms.values(), *(time for grid in grids.values() for time in grid.flat)]
-    beyond = table.in_network_ms.items()
-    finite = np.isfinite([*times, *table.in_network_ms.values()]).all()
-    times += [time for name, time in beyond if name not in _MAY_SAVE]
-    if not (finite and min(times) >= 0.0 and table.settled_ms.max() > 0.0):
-        raise InputError(f"latency table {path} holds a time that is no time: {advice}")
-    return table

@@ -13,7 +13,7 @@ import pytest
 
 from experiments import flags as flags_lib
 from experiments import trained_run
-from instanas_jax import latency, parallel
+from instanas_jax import latency_file, parallel
 from instanas_jax.errors import InputError
 from tests.test_experiments import TINY, parse
 from tests.test_latency import make_table
@@ -82,7 +82,7 @@ def free_port() -> int:
 
 def test_two_processes_train_as_one(tmp_path):
     table = tmp_path / "table.json"
-    latency.save(make_table(), table)
+    latency_file.save(make_table(), table)
     common = [f"--latency_table={table}", "--allow_foreign_table"]
     finish([start([*common, f"--workdir={tmp_path / 'one'}"], devices=4)])
     port = free_port()
@@ -157,7 +157,7 @@ def test_whatever_fails_in_the_first_process_all_end():
 
 def test_where_the_first_process_has_no_room_all_end(tmp_path):
     table = tmp_path / "table.json"
-    latency.save(make_table(), table)
+    latency_file.save(make_table(), table)
     port = free_port()
     outputs = finish(
         [

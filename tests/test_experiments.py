@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ from instanas_jax import (
     data,
     data_sources,
     environment,
-    latency,
+    latency_file,
     metrics,
     parallel,
     policy,
@@ -181,6 +182,7 @@ def test_every_shipped_flagfile_runs_to_its_results(
     if whole:
         steps = {stage: [row["step"] for row in rows if row["stage"] == stage] for stage in stages}
         assert max(steps["finetune_shared"]) < min(steps["finetune_A"] + steps["finetune_B"])
+        _check_own_policies(tmp_path / "run", variants)
     assert any("validation_accuracy" in row for row in rows)
     assert any("sampled_reward" in row for row in rows)
     for file in ("flags.txt", "config.json", "versions.json", "latency_table.json"):
@@ -204,6 +206,26 @@ def test_every_shipped_flagfile_runs_to_its_results(
     assert trained_run.open_run(str(tmp_path / "run")) is not None
     assert "is complete" in capsys.readouterr().out
     assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+def _check_own_policies(path: Path, variants: list[str]) -> None:
+    """Each variant has the controller of its own snapshot, also after updates that all share."""
+    opened = trained_run.open_run(str(path))
+    search = opened.files.checkpoints("search")
+    like = train_state.create(jax.random.key(0), opened.spec)
+    kept = checkpoint.StageCheckpoints(stage_runner.kept_directory(search), keep=None)
+    kept_steps = kept.steps()
+    kept.close()
+    controllers = []
+    for name, step in zip(variants, kept_steps, strict=True):
+        state = stage_runner.newest(opened.files.finetuning(name), like)
+        assert state is not None
+        snapshot = stage_runner.restore_kept(search, step, like).controller
+        settled = controller.settled(opened.spec, state.controller)
+        chex.assert_trees_all_equal(state.controller, controller.settle(snapshot, settled))
+        controllers.append(snapshot["params"])
+    with pytest.raises(AssertionError):  # Or there was nothing to tell apart.
+        chex.assert_trees_all_equal(*controllers)
 
 
 @pytest.mark.usefixtures("made_up_table")
@@ -662,8 +684,8 @@ def test_a_run_keeps_the_table_it_began_with(tmp_path):
     spec, section = search_space.preset("tiny", num_classes=10), RunConfig()
     began, other = tmp_path / "began.json", tmp_path / "other.json"
     table = make_table()
-    latency.save(table, began)
-    latency.save(dataclasses.replace(table, settled_ms=table.settled_ms + 1.0), other)
+    latency_file.save(table, began)
+    latency_file.save(dataclasses.replace(table, settled_ms=table.settled_ms + 1.0), other)
     files = RunFiles(str(tmp_path))
     for _ in range(2):  # Put there, and then read.
         found = timing.table_of_run(section, spec, files, path=str(began), allow_foreign=True)

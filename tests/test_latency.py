@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from instanas_jax import latency, policy, search_space
+from instanas_jax import latency, latency_file, policy, search_space
 from instanas_jax.errors import InputError
 
 SPEC = search_space.preset("tiny", num_classes=10)
@@ -113,8 +113,8 @@ def test_deciding_costs_where_something_is_left_to_decide():
 
 def test_a_saved_table_loads_equal(tmp_path):
     table = make_table(in_network_ms=dict.fromkeys(latency.IN_NETWORK, 0.0) | {"path": -0.1})
-    latency.save(table, tmp_path / "t.json")
-    loaded = latency.load(tmp_path / "t.json", SPEC, device=table.device)
+    latency_file.save(table, tmp_path / "t.json")
+    loaded = latency_file.load(tmp_path / "t.json", SPEC, device=table.device)
     np.testing.assert_array_equal(loaded.cells_ms, table.cells_ms)
     np.testing.assert_array_equal(loaded.settled_ms, table.settled_ms)
     assert loaded.fixed_ms == table.fixed_ms and loaded.in_network_ms == table.in_network_ms
@@ -122,18 +122,18 @@ def test_a_saved_table_loads_equal(tmp_path):
 
 
 def test_another_devices_table_is_refused_unless_allowed(tmp_path):
-    latency.save(make_table(), tmp_path / "t.json")
+    latency_file.save(make_table(), tmp_path / "t.json")
     here = {"cpu": "Y", "cores": 8}
     with pytest.raises(InputError, match="cpu=X.*cpu=Y.*--allow_foreign_table"):
-        latency.load(tmp_path / "t.json", SPEC, device=here)
-    latency.load(tmp_path / "t.json", SPEC, device=here, allow_foreign=True)
+        latency_file.load(tmp_path / "t.json", SPEC, device=here)
+    latency_file.load(tmp_path / "t.json", SPEC, device=here, allow_foreign=True)
 
 
 def test_another_supernets_table_is_an_error_naming_both(tmp_path):
-    latency.save(make_table(), tmp_path / "t.json")
+    latency_file.save(make_table(), tmp_path / "t.json")
     other = search_space.preset("tiny", num_classes=10, stem_stride=1)
     with pytest.raises(InputError, match="stem_stride is 2 there, 1 here"):
-        latency.load(tmp_path / "t.json", other)
+        latency_file.load(tmp_path / "t.json", other)
 
 
 @pytest.mark.parametrize(
@@ -162,16 +162,16 @@ def test_another_supernets_table_is_an_error_naming_both(tmp_path):
 )
 def test_a_damaged_table_is_one_line(tmp_path, field, value):
     path = tmp_path / "t.json"
-    latency.save(make_table(), path)
+    latency_file.save(make_table(), path)
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
     with pytest.raises(InputError) as error:
-        latency.load(path, SPEC)
+        latency_file.load(path, SPEC)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
 def test_no_file_and_no_json_are_one_line(tmp_path):
     with pytest.raises(InputError, match="experiments.profile"):
-        latency.load(tmp_path / "absent.json", SPEC)
+        latency_file.load(tmp_path / "absent.json", SPEC)
     (tmp_path / "t.json").write_text("{")
     with pytest.raises(InputError, match="not JSON"):
-        latency.load(tmp_path / "t.json", SPEC)
+        latency_file.load(tmp_path / "t.json", SPEC)

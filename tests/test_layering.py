@@ -20,6 +20,7 @@ LAYERS = {
         "rewards",
         "policy_gradient",
         "latency",
+        "latency_file",
         "budget",
         "metrics",
         "data",

@@ -25,6 +25,7 @@ from instanas_jax import (
     environment,
     inference,
     latency,
+    latency_file,
     onnx_graph,
     onnx_model,
     policy,
@@ -70,7 +71,7 @@ def workdir(tmp_path_factory) -> Path:
         repeats=1,
         in_network_ms=dict.fromkeys(latency.IN_NETWORK, 0.0),
     )
-    latency.save(table, workdir.latency_table)
+    latency_file.save(table, workdir.latency_table)
     state = train_state.create(jax.random.key(0), spec)
     state = state.replace(
         supernet=as_if_trained(state.supernet), controller=as_if_trained(state.controller)
