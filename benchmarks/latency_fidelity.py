@@ -3,8 +3,8 @@
 python -m benchmarks.latency_fidelity --output=benchmarks/results/latency_fidelity.json
 
 The networks are random architectures through the skipping execution, the controller included, and
-with --workdir a trained variant on validation images, each under the architecture that its
-controller chooses. None is among those that the table is fitted to. Table and networks are timed in
+with --workdir a trained variant on validation images, one of each architecture that its controller
+chooses. None is among those that the table is fitted to. Table and networks are timed in
 the same interleaved rounds, since the machine's clock drifts.
 
 Rows named `repeat` set every other round against the rounds between: what the machine's own noise
@@ -28,7 +28,7 @@ from instanas_jax.policy import Settled
 
 _SEED = 1  # The table's own architectures have seed 0.
 _DENSITIES = (0.05, 0.95)
-_VALIDATION_IMAGES = 1000
+_VALIDATION_IMAGES = 5000  # Among which those are looked for.
 
 
 def _define_flags() -> None:
@@ -39,7 +39,12 @@ def _define_flags() -> None:
     flags_lib.define_section(DataConfig(), names=("data_dir",))
     flags.DEFINE_integer("num_classes", 100, "Classes of the classifier.", lower_bound=1)
     flags.DEFINE_integer("architectures", 200, "Random architectures.", lower_bound=2)
-    flags.DEFINE_integer("images", 50, "Images of the trained variant.", lower_bound=2)
+    flags.DEFINE_integer(
+        "images",
+        50,
+        "Images of the trained variant, at most: one of each architecture that it chooses.",
+        lower_bound=1,
+    )
     flags.DEFINE_integer("rounds", 30, "Timed calls of each network.", lower_bound=2)
     flags.DEFINE_integer("threads", 1, "Threads of one image.", lower_bound=1)
 
@@ -56,7 +61,7 @@ def _run() -> None:
             values.workdir, values.variant, values.data_dir, count=_VALIDATION_IMAGES
         )
         spec = subjects.spec
-        images, chosen = _images_of_many_architectures(subjects, values.images)
+        images, chosen = _image_of_each_architecture(subjects, values.images)
         calls += [functools.partial(subjects.predictor, image) for image in images]
     masks = whole_networks.random_masks(
         spec, values.architectures, densities=_DENSITIES, seed=_SEED
@@ -83,15 +88,13 @@ def _run() -> None:
         print(f"{row['name']}: {row['value']:.4f} {row['unit']}")
 
 
-def _images_of_many_architectures(subjects: Subjects, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images [N, H, W, 3] and what the controller chooses for them [N, L, O]: one image of each
-    architecture, while there are others, and no more than `count`. Which is a matter of chance, as
-    the order of images is."""
+def _image_of_each_architecture(subjects: Subjects, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images [N, H, W, 3] and what the controller chooses for them [N, L, O]: the first image of
+    each architecture. Two of one have one prediction and, but for noise, one time, so that there is
+    no order in them."""
     masks = subjects.decide(subjects.images)
-    flattened = masks.reshape(len(masks), -1)
-    _, firsts = np.unique(flattened, axis=0, return_index=True)
-    others = np.setdiff1d(np.arange(len(masks)), firsts)
-    places = np.concatenate([np.sort(firsts), others])[:count]
+    _, firsts = np.unique(masks.reshape(len(masks), -1), axis=0, return_index=True)
+    places = np.sort(firsts)[:most]
     return subjects.images[places], masks[places]
 
 
