@@ -1,5 +1,7 @@
 """The same update of the supernet by others: PyTorch, and ours in another setting."""
 
+import contextlib
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+# In our process, whose memory `environment.configure_cpu` keeps, and in one of its own.
+TORCH = ("torch", "torch_alone")
+
 # Relative difference of first losses, whose arithmetic differs in nothing but its order.
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
@@ -27,16 +32,18 @@ def torch_update(
     runner: Runner,
     *,
     dtype: str,
+    processes: contextlib.ExitStack | None = None,
 ) -> "torch_supernet.Fastest":
     """PyTorch's update of the same weights on the runner's inputs.
 
     Args:
       state: on the host, as trees.
+      processes: takes up a process in which it runs alone; None: it runs in this one.
 
     Raises:
       peers.Missing: PyTorch is not there, or not for this accelerator.
     """
-    from benchmarks import torch_supernet
+    from benchmarks import torch_alone, torch_supernet
 
     backend = jax.default_backend()
     is_cuda = backend == "gpu" and torch_supernet.has_cuda()
@@ -47,7 +54,11 @@ def torch_update(
     rates = parallel.unreplicate(
         {name: inputs[name] for name in ("learning_rate", "momentum", "weight_decay")}
     )
-    return torch_supernet.fastest_step(
+    fastest_step = torch_supernet.fastest_step
+    if processes is not None:
+        process = processes.enter_context(torch_alone.own_process())
+        fastest_step = functools.partial(torch_alone.fastest_step, process)
+    return fastest_step(
         spec,
         state.supernet["params"],
         torch_supernet.Inputs(

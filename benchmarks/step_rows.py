@@ -1,5 +1,6 @@
 """What a stage's own programs took, as rows of results."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from experiments.config import ModelConfig
 from instanas_jax import convolution, parallel, train_loop, train_state
 from instanas_jax.stage import Setting
 
-PEERS = ("torch", "native", "remat")
+PEERS = (*step_peers.TORCH, "native", "remat")
 
 Row = dict[str, Any]
 Calls = dict[str, Callable[[], Any]]
@@ -61,17 +62,10 @@ class Bench:
         runner = self._runner(subject)
         rows = _compile_rows(kind, runner)
         runner.prepare()
-        calls, peer_rows = self._peers(subject, runner)
-        runner.update()  # Later ones find their memory in place.
-        own: Calls = {
-            "host_batch": runner.host_batch,
-            "prepare": runner.prepare,
-            "update": runner.update,
-        }
-        repeats = dict.fromkeys([*own, *calls], self.options.repeats)
-        if "native" in calls:
-            repeats["native"] = min(self.options.native_repeats, self.options.repeats)
-        seconds = stage_programs.time_in_turn(own | calls, repeats=repeats)
+        with contextlib.ExitStack() as processes:
+            calls, peer_rows = self._peers(subject, runner, processes)
+            runner.update()  # Later ones find their memory in place.
+            seconds = self._time(runner, calls)
         rows += _time_rows(kind, seconds, self.options.batch_size)
         rows.append(self._roofline_row(subject, np.array(seconds["update"])))
         rows += _memory_rows(kind, runner)
@@ -80,6 +74,17 @@ class Bench:
         if len(subject.stage.phases) == 1:
             rows += self._loop_rows(subject, float(np.median(seconds["update"])))
         return rows
+
+    def _time(self, runner: Runner, others: Calls) -> dict[str, list[float]]:
+        own: Calls = {
+            "host_batch": runner.host_batch,
+            "prepare": runner.prepare,
+            "update": runner.update,
+        }
+        repeats = dict.fromkeys([*own, *others], self.options.repeats)
+        if "native" in others:
+            repeats["native"] = min(self.options.native_repeats, self.options.repeats)
+        return stage_programs.time_in_turn(own | others, repeats=repeats)
 
     def _subject(self, kind: str, **changes: Any) -> Subject:
         setting: Setting = stage_programs.make_setting(
@@ -93,11 +98,16 @@ class Bench:
     def _runner(self, subject: Subject) -> Runner:
         return Runner(subject, self.state, self.dataset, batch_size=self.options.batch_size)
 
-    def _peers(self, subject: Subject, runner: Runner) -> tuple[Calls, list[Row]]:
+    def _peers(
+        self, subject: Subject, runner: Runner, processes: contextlib.ExitStack
+    ) -> tuple[Calls, list[Row]]:
         """Updates of the peers by name, and rows of how they were made ready.
 
         Stages that share an update are compared once. All begin at the same weights and must
         agree in their first loss.
+
+        Args:
+          processes: takes up those in which peers run.
         """
         calls: Calls = {}
         rows: list[Row] = []
@@ -105,16 +115,23 @@ class Bench:
             return calls, rows
         self._compared.add(subject.paths.tobytes())
         losses = {"ours": step_peers.first_loss(runner)}
-        if "torch" in self.options.peers:
+        for name in step_peers.TORCH:
+            if name not in self.options.peers:
+                continue
             try:
                 fastest = step_peers.torch_update(
-                    self.spec, self.state, subject, runner, dtype=self.dtype
+                    self.spec,
+                    self.state,
+                    subject,
+                    runner,
+                    dtype=self.dtype,
+                    processes=processes if name == "torch_alone" else None,
                 )
             except peers.Missing as missing:
                 print(f"missing peer: {missing}")
-            else:
-                calls["torch"], losses["torch"] = fastest.step, fastest.first_loss
-                rows += step_peers.trial_rows(f"{subject.kind}_update_torch", fastest.trials)
+                continue
+            calls[name], losses[name] = fastest.step, fastest.first_loss
+            rows += step_peers.trial_rows(f"{subject.kind}_update_{name}", fastest.trials)
         for name, changes in self._own_peers().items():
             peer = self._runner(self._subject(subject.kind, **changes))
             peer.inputs = runner.inputs

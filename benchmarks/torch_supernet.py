@@ -17,6 +17,7 @@ Importing this module without PyTorch raises `peers.Missing`.
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -230,7 +231,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Fastest:
-    step: TrainStep
+    step: Callable[[], float]  # A `TrainStep`, here or in another process.
     first_loss: float  # Of the network as it came.
     trials: dict[str, Trial]  # By layout.
 

@@ -6,10 +6,12 @@ Every stage's programs are those of a run (`stage_programs`), on synthetic image
 from the host, `prepare` (augmentation, masks) and `update` (forward, gradient, optimizer), each
 timed to its end, in turn with the peers' updates (A B A B):
 
-  torch    the same network, weights, images and mask in PyTorch (`torch_supernet`), in the memory
-           layout that is faster here, in bfloat16 by autocast where --dtype says so
-  native   ours with plain grouped convolutions; on accelerators that is what ours does already
-  remat    ours with --remat, for its time and its memory
+  torch        the same network, weights, images and mask in PyTorch (`torch_supernet`), in the
+               memory layout that is faster here, in bfloat16 by autocast where --dtype says so
+  torch_alone  that in a process of its own, as a program of its user's would run: on CPUs freed
+               memory stays with our process (`environment.configure_cpu`), and `torch` gains by it
+  native       ours with plain grouped convolutions; on accelerators ours are that already
+  remat        ours with --remat, for its time and its memory
 
 A peer's first loss must be ours, or nothing is written. Stages with the same update are compared
 once. Rows, after the stage's name:
@@ -28,7 +30,7 @@ once. Rows, after the stage's name:
                                            the device's own account
   update_PEER, update_PEER_over_ours       seconds of a peer's update; ratio to ours, turn by turn
   update_torch_LAYOUT_trial                the one update by which PyTorch's layout was chosen; its
-                                           _peak_memory on accelerators
+                                           _peak_memory on accelerators; likewise torch_alone
 
 Activations have the type --dtype. Batch sizes are the same in all stages, not the recipe's.
 """

@@ -133,10 +133,17 @@ def in_inference_process(function: Callable[..., Result], *arguments: Any, threa
 
 
 def _begin_inference_process(threads: int) -> None:
-    # A process that is killed cannot end those it started, which would time on for nobody.
+    end_with_parent()
+    configure_cpu(inference_threads=threads)
+
+
+def end_with_parent() -> None:
+    """Has the system end this process when the one that started it ends, where it can (Linux).
+
+    A process that is killed cannot end those it started, which would time on for nobody.
+    """
     if _libc is not None and hasattr(_libc, "prctl"):
         _libc.prctl(_END_WITH_PARENT, signal.SIGKILL)
-    configure_cpu(inference_threads=threads)
 
 
 def _keep_freed_memory(*, arenas: int) -> None:

@@ -203,7 +203,7 @@ def test_a_training_step_is_measured(tmp_path):
         "--batch_size=8",
         "--repeats=2",
         "--stages=pretrain,search_controller",
-        "--peers=torch,native,remat",
+        "--peers=torch,torch_alone,native,remat",
         "--ceiling_size=64",
     ]
     rows = read_rows(run("train_step", *arguments), path)
@@ -217,7 +217,9 @@ def test_a_training_step_is_measured(tmp_path):
     assert {"ceiling_matrix_product", "ceiling_addition"} < rows.keys()
     assert {"pretrain_loop_step", "pretrain_input_wait_share"} < rows.keys()
     ratios = {name for name, row in rows.items() if row["unit"] == "ratio"}
-    expected = {"native", "remat"} | ({"torch"} if importlib.util.find_spec("torch") else set())
+    expected = {"native", "remat"}
+    if importlib.util.find_spec("torch"):
+        expected |= {"torch", "torch_alone"}
     assert ratios == {f"pretrain_update_{peer}_over_ours" for peer in expected}
     assert rows["pretrain_update_native"]["repeats"] == 1
     for peer in ("native", "remat"):
