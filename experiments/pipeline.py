@@ -139,7 +139,7 @@ class Pipeline:
         """The pretrained supernet of a run that has one; InputError otherwise."""
         plan = self.planner.pretraining()
         checkpoints = self.workdir.checkpoints(plan.stage.name)
-        if not stage_runner.is_done(checkpoints, plan.total_steps):
+        if not self._is_done(plan):
             raise InputError(
                 f"{checkpoints} lacks the pretrained supernet: copy the run's folder whole, or "
                 "repeat the command of the run in another --workdir"
@@ -179,13 +179,16 @@ class Pipeline:
         """Of stages that are not done yet. What fails here fails again in its turn, and is seen."""
         raveled = train_state.ravel(self._fresh)
         for plan in plans:
-            checkpoints = self.workdir.checkpoints(plan.stage.name)
-            if not stage_runner.is_done(checkpoints, plan.total_steps):
+            if not self._is_done(plan):
                 batch_size = plan.section.batch_size
                 batch = data.blank_batch(
                     self.dataset.train, batch_size=batch_size, share=parallel.share(batch_size)
                 )
                 compiler.submit(train_loop.compile_ahead, plan.stage, raveled, dict(batch))
+
+    def _is_done(self, plan: Plan) -> bool:
+        checkpoints = self.workdir.checkpoints(plan.stage.name)
+        return parallel.from_first(lambda: stage_runner.is_done(checkpoints, plan.total_steps))
 
     def _run_stage(self, plan: Plan, state: TrainState, **options: Any):
         batch_size = plan.section.batch_size

@@ -2,11 +2,11 @@
 
 from absl import flags
 
-from experiments import dataset_summary, recipe, results
+from experiments import dataset_summary, recipe, results, timing
 from experiments import flags as flags_lib
 from experiments.config import Config
 from experiments.pipeline import Pipeline
-from experiments.workdir import Workdir, write_json
+from experiments.workdir import RunFiles, Workdir, write_json
 from instanas_jax import data, parallel
 
 
@@ -30,7 +30,13 @@ def _run(dataset_name: str) -> None:
     )
     recipe.check_data(config, dataset)
 
+    table_path, foreign = flags.FLAGS.latency_table or None, flags.FLAGS.allow_foreign_table
+
     def open_workdir() -> Workdir:
+        begins = not RunFiles(flags.FLAGS.workdir or "").latency_table.exists()
+        if table_path and begins:  # A table that does not fit claims no folder.
+            spec = config.model.spec(num_classes=dataset.num_classes)
+            timing.given_table(config.run, spec, table_path, allow_foreign=foreign)
         workdir = Workdir(
             flags.FLAGS.workdir or "",
             config=config,
@@ -49,8 +55,8 @@ def _run(dataset_name: str) -> None:
         config,
         dataset=dataset,
         workdir=workdir,
-        table_path=flags.FLAGS.latency_table or None,
-        allow_foreign_table=flags.FLAGS.allow_foreign_table,
+        table_path=table_path,
+        allow_foreign_table=foreign,
     )
     report = pipeline.run()
     if parallel.is_first():

@@ -72,7 +72,8 @@ def run_stage(
         start_step=done,
         num_steps=total_steps - done,
     )
-    logged: dict[int, int] = {}  # For each phase, the last stretch of `log_steps` with a row.
+    # For each phase, the last stretch of `log_steps` with a row; also of rows from before a resume.
+    logged = {stage.phase_at(step): step // log_steps for step in range(first_step, done)}
     started = time.perf_counter()
     bar = tqdm(
         total=total_steps,

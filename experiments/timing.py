@@ -60,14 +60,21 @@ def table_of_run(
     else:
         threads = section.inference_threads
         if path:
-            device = environment.describe_device(inference_threads=threads)
-            table = latency_file.load(path, spec, device=device, allow_foreign=allow_foreign)
+            table = given_table(section, spec, path, allow_foreign=allow_foreign)
         else:
             table = measure_table(spec, rounds=section.profile_rounds, threads=threads)
         latency_file.save(table, files.latency_table)
     # Times as they are rounded in the file. A run that resumes on another machine keeps its table,
     # and so its reward.
     return load_table(files, spec)
+
+
+def given_table(
+    section: RunConfig, spec: SupernetSpec, path: str, *, allow_foreign: bool
+) -> LatencyTable:
+    """A table that a run may begin with; InputError where it is of something else."""
+    device = environment.describe_device(inference_threads=section.inference_threads)
+    return latency_file.load(path, spec, device=device, allow_foreign=allow_foreign)
 
 
 def _is_same(ours: LatencyTable, theirs: LatencyTable) -> bool:

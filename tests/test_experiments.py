@@ -484,8 +484,10 @@ class Killed(Exception):
     pass
 
 
-def test_a_killed_run_resumes_bit_for_bit(tmp_path):
-    """Search, which has two optimizers and two phases: killed after step 3, resumed from 2."""
+@pytest.mark.parametrize(("log_steps", "kill_at"), [(1, 3), (3, 4)])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, log_steps, kill_at):
+    """Search, which has two optimizers and two phases: killed before it has saved step 4, resumed
+    from 2, also where fewer steps than all have a row."""
     images = data.split(
         data_sources.synthetic(train_size=64, test_size=8), validation_size=16
     ).train
@@ -514,7 +516,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
                 writer=writer,
                 validate=validate,
                 eval_steps=2,
-                log_steps=1,
+                log_steps=log_steps,
                 keep_steps=(2, 4),
             )
         finally:
@@ -524,7 +526,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     (tmp_path / "killed").mkdir()
     whole, _ = train(tmp_path / "whole", None)
     with pytest.raises(Killed):
-        train(tmp_path / "killed", 3)
+        train(tmp_path / "killed", kill_at)
     resumed, _ = train(tmp_path / "killed", None)
     for ours, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -570,6 +572,9 @@ def test_a_row_that_cannot_be_written_ends_a_run_where_its_processes_meet(monkey
         ("--search_start_op=basic_conv, basic_conv", "names 2 ops: .* of the 17 of --preset=px32"),
         ("--controller=large", "--controller=large: choose one of"),
         ("--static_ops=conv9", "unknown op 'conv9'"),
+        ("--eval_epochs=inf", "--eval_epochs=inf: must be a number"),
+        ("--pretrain_learning_rate=nan", "--pretrain_learning_rate=nan: must be a number"),
+        ("--seed=4294967296", "--seed=4294967296: must be 4294967295 or less"),
         ("--static_ops=", "--static_ops is empty"),
         ("--static_ops=basic_conv,basic_conv", "names an op twice"),
     ],
@@ -678,6 +683,14 @@ def test_a_foreign_table_is_refused_by_the_program(tmp_path, fake_data):
     parse(*TINY, f"--workdir={tmp_path / 'w'}", f"--latency_table={tmp_path / 'none.json'}")
     with pytest.raises(InputError, match="cannot be read"):
         run._run("synthetic")
+    # It claims no folder, or the command could not be mended.
+    latency_file.save(make_table(), tmp_path / "table.json")
+    table = f"--latency_table={tmp_path / 'table.json'}"
+    for wrong in ([], ["--allow_foreign_table", "--width=2"]):  # Its device; its supernet.
+        parse(*TINY, f"--workdir={tmp_path / 'w'}", table, *wrong)
+        with pytest.raises(InputError, match="was measured on|of another supernet"):
+            run._run("synthetic")
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_run_keeps_the_table_it_began_with(tmp_path):

@@ -1,8 +1,10 @@
 """The stages, over one device and over four."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -589,3 +591,26 @@ def test_what_compiles_ahead_is_what_runs():
     assert float(parallel.unreplicate(after)["total"]) == 5.0
     for program, before in zip(programs, compiled, strict=True):
         assert len(before) == 1 and program._compiled == before
+
+
+def test_what_is_compiled_runs_while_other_shapes_compile():
+    may_go_on, tracing = threading.Event(), threading.Event()
+
+    def double(x):
+        if x.shape[-1] == 3:
+            tracing.set()
+            assert may_go_on.wait(timeout=60.0)
+        return x * 2
+
+    program = parallel.Program(double)
+    pair, triple = (parallel.replicate(np.ones(size, np.float32)) for size in (2, 3))
+    program.compile(pair)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        compiling = threads.submit(program.compile, triple)
+        try:
+            assert tracing.wait(timeout=60.0)
+            doubled = threads.submit(program, pair).result(timeout=30.0)
+            assert not compiling.done()
+        finally:
+            may_go_on.set()
+    np.testing.assert_array_equal(parallel.unreplicate(doubled), [2.0, 2.0])
