@@ -73,7 +73,11 @@ def study(
     shuffled = [test_accuracy(rng.permutation(masks)) for _ in range(shuffles)]
     validation_masks = budget.masks_at(0.0, validation_logits, settled)
     architecture = same_for_all(
-        validation_masks, table=table, spec=spec, budget_ms=mean_ms(validation_masks)
+        validation_masks,
+        settled,
+        table=table,
+        spec=spec,
+        budget_ms=mean_ms(validation_masks),
     )
     budgets = [] if settled.everything else np.linspace(*curve.range_ms, _BUDGETS)
     return {
@@ -87,19 +91,28 @@ def study(
 
 
 def same_for_all(
-    masks: np.ndarray, *, table: LatencyTable, spec: SupernetSpec, budget_ms: float
+    masks: np.ndarray,
+    settled: policy.Settled,
+    *,
+    table: LatencyTable,
+    spec: SupernetSpec,
+    budget_ms: float,
 ) -> np.ndarray:
     """The policy that ignores the image: one architecture [L, O] of the paths that run most often.
 
     Args:
       masks: [N, L, O] that a policy gives to N images.
+      settled: what that policy decides alike for every image. What it never switches on is off; in
+        a cell that would be empty, and can't be, a path of it may run all the same.
       budget_ms: of the architectures that take no longer as static networks the slowest is taken;
         where there is none, the fastest of all.
     """
     running = np.asarray(policy.resolve_empty_cells(masks, spec.forced_cells)[0])
     share = running.mean(axis=0, dtype=np.float64)
-    candidates = [share >= least for least in np.unique(share[share > 0.0])]
-    candidates = [candidate.astype(np.float32) for candidate in candidates]
+    candidates = [
+        ((share >= least) & ~settled.off).astype(np.float32)
+        for least in np.unique(share[share > 0.0])
+    ]
     times = [latency.static_ms(table, candidate, spec.forced_cells) for candidate in candidates]
     within = [place for place, ms in enumerate(times) if ms <= budget_ms]
     best = max(within, key=times.__getitem__) if within else int(np.argmin(times))

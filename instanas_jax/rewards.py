@@ -23,7 +23,8 @@ def latency_reward(
 ) -> jax.Array:
     """R_A: a parabola in latency, 0 at and outside both bounds, 1 midway between them.
 
-    R_A = max(0, -(t - upper)(t - lower) / ((upper - lower) / 2)^2) ^ exponent.
+    R_A = max(0, -(t - upper)(t - lower) / ((upper - lower) / 2)^2) ^ exponent; of an exponent of 0
+    its limit, 1 between the bounds.
 
     Args:
       latency_ms: [B].
@@ -35,7 +36,7 @@ def latency_reward(
     """
     half_width = (upper_ms - lower_ms) / 2.0
     parabola = -(latency_ms - upper_ms) * (latency_ms - lower_ms) / half_width**2
-    return jnp.maximum(parabola, 0.0) ** exponent
+    return jnp.where(parabola > 0.0, jnp.maximum(parabola, 0.0) ** exponent, 0.0)
 
 
 def right_reward(

@@ -72,7 +72,7 @@ def test_same_for_all_is_the_slowest_of_common_paths_within_the_budget():
     # Cells 0, 1 and 3 are empty, so they run op 4 for every image.
     for budget_ms, ops in ((0.0, []), (11.0, [0]), (23.5, [0, 1]), (99.0, [0, 1, 2])):
         architecture = policy_study.same_for_all(
-            masks, table=TABLE, spec=SPEC, budget_ms=fixed_ms + budget_ms
+            masks, NOTHING, table=TABLE, spec=SPEC, budget_ms=fixed_ms + budget_ms
         )
         expected = np.zeros(SPEC.mask_shape)
         expected[SPEC.forced_cells, 4] = 1.0
@@ -85,16 +85,35 @@ def test_what_an_empty_cell_runs_counts_as_its_path():
     masks = np.zeros((4, *SPEC.mask_shape))
     masks[0, 0, 0] = 1.0
     for budget_ms, ops in ((35.75, [4]), (36.75, [0, 4])):
-        architecture = policy_study.same_for_all(masks, table=TABLE, spec=SPEC, budget_ms=budget_ms)
+        architecture = policy_study.same_for_all(
+            masks, NOTHING, table=TABLE, spec=SPEC, budget_ms=budget_ms
+        )
         np.testing.assert_array_equal(np.flatnonzero(architecture[0]), ops)
-    nothing = policy_study.same_for_all(masks * 0, table=TABLE, spec=SPEC, budget_ms=0.0)
+    nothing = policy_study.same_for_all(masks * 0, NOTHING, table=TABLE, spec=SPEC, budget_ms=0.0)
     np.testing.assert_array_equal(nothing.sum(axis=1), SPEC.forced_cells)
+
+
+def test_same_for_all_runs_nothing_beside_others_that_the_policy_never_switches_on():
+    """In cell 0 all but op 0 are settled to be off, and op 0 is on for half of the images; the
+    others run op 4, since that cell can't be empty. No image runs both."""
+    off = np.zeros(SPEC.mask_shape, bool)
+    off[0, 1:] = True
+    masks = np.zeros((4, *SPEC.mask_shape))
+    masks[:2, 0, 0] = 1.0
+    settled = policy.Settled(on=np.zeros_like(off), off=off)
+    for budget_ms, ops in ((32.0, [0]), (99.0, [])):  # Op 4, of the empty cell, is the slower.
+        architecture = policy_study.same_for_all(
+            masks, settled, table=TABLE, spec=SPEC, budget_ms=budget_ms
+        )
+        np.testing.assert_array_equal(np.flatnonzero(architecture[0]), ops)
 
 
 def test_the_same_architecture_answers_every_image(fields, logits):
     masks = (logits["validation"] >= 0.0).astype(np.float32)
     mean_ms = latency.image_ms(TABLE, masks, SPEC.forced_cells, NOTHING).mean()
-    architecture = policy_study.same_for_all(masks, table=TABLE, spec=SPEC, budget_ms=mean_ms)
+    architecture = policy_study.same_for_all(
+        masks, NOTHING, table=TABLE, spec=SPEC, budget_ms=mean_ms
+    )
     same = np.broadcast_to(architecture, logits["test"].shape)
     assert fields["same_for_all"]["test_accuracy"] == accuracy(DATASET.test, same)
     assert fields["same_for_all"]["table_ms"] <= mean_ms
