@@ -22,7 +22,7 @@ from tqdm import tqdm
 from benchmarks import reporting
 from benchmarks.subjects import Call, Subjects
 from experiments import flags as flags_lib
-from experiments.config import DataConfig, ModelConfig
+from experiments.config import SPEC_SETTINGS, DataConfig, ModelConfig
 from instanas_jax import environment, latency, profiling, whole_networks
 from instanas_jax.policy import Settled
 
@@ -32,7 +32,7 @@ _VALIDATION_IMAGES = 5000  # Among which those are looked for.
 
 
 def _define_flags() -> None:
-    flags_lib.define_section(ModelConfig())
+    flags_lib.define_section(ModelConfig(), names=SPEC_SETTINGS)
     flags_lib.define_output()
     flags.DEFINE_string("workdir", "", "A trained run, whose supernet is then the one measured.")
     flags.DEFINE_string("variant", "", "Of the run; empty: its most accurate.")

@@ -30,7 +30,7 @@ from benchmarks.subjects import DENSITIES, Call, Subjects
 from benchmarks.turns import Times
 from experiments import flags as flags_lib
 from experiments import timing, trained_run
-from experiments.config import DataConfig, ModelConfig
+from experiments.config import SPEC_SETTINGS, DataConfig, ModelConfig
 from instanas_jax import environment
 from instanas_jax.errors import InputError
 from instanas_jax.policy import Settled
@@ -45,7 +45,7 @@ _TRAINED_ARCHITECTURES = 3  # The most frequent of a trained controller.
 
 
 def _define_flags() -> None:
-    flags_lib.define_section(ModelConfig())
+    flags_lib.define_section(ModelConfig(), names=SPEC_SETTINGS)
     flags_lib.define_output()
     flags.DEFINE_string("workdir", "", "A trained run to measure as well.")
     flags.DEFINE_string("variant", "", "Of the run; empty: its most accurate.")

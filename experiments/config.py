@@ -108,9 +108,18 @@ class ModelConfig:
         )
 
 
+# Settings of the network itself: single images are always answered in float32.
+SPEC_SETTINGS = tuple(
+    field.name for field in dataclasses.fields(ModelConfig) if field.name != "dtype"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    seed: int = setting(0, "Seed of weights, batches, augmentation and masks.", minimum=0)
+    # JAX's keys know seeds of 32 bits: 2^32 would be 0 to them.
+    seed: int = setting(
+        0, "Seed of weights, batches, augmentation and masks.", minimum=0, maximum=2**32 - 1
+    )
     variants: int = setting(
         5, "Snapshots of the search that are finetuned and reported.", minimum=1, maximum=26
     )

@@ -149,6 +149,8 @@ def check_output(name: str) -> pathlib.Path:
     if os.path.isdir(path):
         raise InputError(f"--output={name} is a folder: name a file")
     try:
+        if path.exists() and not path.is_file():  # Which a finished file would replace.
+            raise InputError(f"--output={name} is a device or a pipe: name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         trial = files.partial_of(path)
         trial.touch()

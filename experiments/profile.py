@@ -7,7 +7,7 @@ from absl import flags
 
 from experiments import flags as flags_lib
 from experiments import timing
-from experiments.config import ModelConfig, RunConfig
+from experiments.config import SPEC_SETTINGS, ModelConfig, RunConfig
 from instanas_jax import environment, latency, latency_file
 
 
@@ -29,7 +29,7 @@ def _measure() -> None:
 
 
 def main() -> None:
-    flags_lib.define_section(ModelConfig())
+    flags_lib.define_section(ModelConfig(), names=SPEC_SETTINGS)
     flags_lib.define_section(RunConfig(), names=("profile_rounds", "inference_threads"))
     flags.DEFINE_integer("num_classes", 100, "Classes of the classifier.")
     flags_lib.define_output()

@@ -5,6 +5,7 @@ documented and checked in one place.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from instanas_jax.errors import InputError
@@ -37,8 +38,9 @@ def _check(flag: str, value: Any, rules: Any) -> None:
     minimum, maximum, choices = rules["minimum"], rules["maximum"], rules["choices"]
     if choices is not None and value not in choices:
         raise InputError(f"{flag}={value}: choose one of {', '.join(choices)}")
-    # Written so that NaN, which compares false with everything, is refused as well.
-    if minimum is not None and not value >= minimum:
-        raise InputError(f"{flag}={value}: must be {minimum:g} or more")
-    if maximum is not None and not value <= maximum:
-        raise InputError(f"{flag}={value}: must be {maximum:g} or less")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{flag}={value}: must be a number, and not infinite")
+    if minimum is not None and value < minimum:
+        raise InputError(f"{flag}={value}: must be {minimum:.10g} or more")
+    if maximum is not None and value > maximum:
+        raise InputError(f"{flag}={value}: must be {maximum:.10g} or less")

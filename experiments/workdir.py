@@ -80,18 +80,12 @@ class Workdir(RunFiles):
                 self.path.mkdir(parents=True, exist_ok=True)
             files.hold(self.path / _LOCK)
             if self.config.exists():  # By now: another process may just have made it.
-                there = self._parse(json.loads(self.config.read_text()))
+                there = self._parse(self.config.read_text())
                 _check_same(self.path, there.to_json(), config.to_json())
                 return
             files.write_text(self.path / "flags.txt", flags_text + "\n")
             write_json(self.path / "versions.json", environment.describe_versions())
             write_json(self.config, config.to_json())
-        except ValueError as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"{self.config} is not JSON ({error}): name another --workdir"
-            ) from error
         except OSError as error:
             raise InputError(
                 f"--workdir={self.path} cannot be used ({error.strerror}): name a folder that "
@@ -108,9 +102,13 @@ class Workdir(RunFiles):
                 "folder: name an empty or a new one"
             )
 
-    def _parse(self, values: Any) -> Config:
+    def _parse(self, text: str) -> Config:
         try:
-            return Config.from_json(values)
+            return Config.from_json(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{self.config} is not JSON ({error}): name another --workdir"
+            ) from error
         except InputError as error:
             raise InputError(
                 f"{self.config} does not fit this program ({error}): name another --workdir"

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import jax
 
 import instanas_jax
+from instanas_jax.errors import InputError
 
 Result = TypeVar("Result")
 
@@ -123,13 +124,22 @@ def in_inference_process(function: Callable[..., Result], *arguments: Any, threa
       function: of a module's top level.
       arguments: without arrays on a device; they travel by pickle, as the result does.
       threads: see `configure_cpu`.
+
+    Raises:
+      InputError: the process was ended from outside.
     """
     with concurrent.futures.ProcessPoolExecutor(
         1,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=functools.partial(_begin_inference_process, threads),
     ) as process:
-        return process.submit(function, *arguments).result()
+        try:
+            return process.submit(function, *arguments).result()
+        except concurrent.futures.BrokenExecutor:
+            raise InputError(
+                "the process that answers and times single images was ended, perhaps for want of "
+                "memory: make room, and repeat the command"
+            ) from None
 
 
 def _begin_inference_process(threads: int) -> None:

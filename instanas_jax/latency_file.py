@@ -14,7 +14,8 @@ from instanas_jax.search_space import SupernetSpec
 
 SCHEMA_VERSION = 4
 MEASURE_ANEW = (
-    "measure one with `python -m experiments.profile --output=FILE`, or leave --latency_table out"
+    "measure one with `python -m experiments.profile --output=FILE` and what flags of the network "
+    "and --inference_threads this command has, or leave --latency_table out"
 )
 _GRIDS = ("cells_ms", "settled_ms", "spread_ms")  # Fields of shape [L, O].
 _MAY_SAVE = ("path", "settled_path")  # Of `latency.IN_NETWORK`, what may be less than zero.

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from instanas_jax import environment
+from instanas_jax.errors import InputError
 
 
 @pytest.fixture
@@ -123,6 +124,8 @@ def test_an_inference_process_has_its_threads_and_gives_back_results_and_errors(
     assert there == environment.describe_device(inference_threads=1) == {**here, "threads": 1}
     with pytest.raises(ZeroDivisionError):
         environment.in_inference_process(divmod, 1, 0, threads=1)
+    with pytest.raises(InputError, match="was ended"):
+        environment.in_inference_process(os._exit, 1, threads=1)
 
 
 def test_images_are_timed_on_the_cpu_where_an_accelerator_trains(restored):

@@ -130,6 +130,11 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, name):
     assert "\n" not in str(error.value) and str(error.value).startswith("--output=")
 
 
+def test_an_output_is_no_device_which_a_file_would_replace():
+    with pytest.raises(InputError, match="--output=/dev/null is a device or a pipe"):
+        flags_lib.check_output("/dev/null")
+
+
 @pytest.mark.parametrize("module", ["experiments.profile", "benchmarks.latency_fidelity"])
 def test_an_output_is_checked_before_the_work(tmp_path, module):
     finished = subprocess.run(

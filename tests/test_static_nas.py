@@ -55,13 +55,23 @@ def test_a_space_that_is_exhausted_ends_the_search():
         assert len(list(method(least, likeness))) == 1
 
 
+def test_a_budget_that_sums_in_float32_missed_by_a_rounding_is_kept():
+    least = static_nas.Space(SPEC, TABLE, budget_ms=FASTEST_MS * (1 - 1e-6), paths=EVERY_PATH)
+    for method in (static_nas.random_search, static_nas.evolution):
+        (found,) = method(least, likeness)
+        np.testing.assert_allclose(least.image_ms(found.architecture), FASTEST_MS, rtol=1e-6)
+    too_small = dataclasses.replace(least, budget_ms=FASTEST_MS * (1 - 1e-3))
+    with pytest.raises(InputError, match=f"the fastest takes {FASTEST_MS:.4f} ms"):
+        too_small.sample(RNG)
+
+
 def test_the_fastest_architecture_is_found_where_nothing_else_fits():
     least = static_nas.Space(SPEC, TABLE, budget_ms=FASTEST_MS + 1e-3, paths=EVERY_PATH)
     expected = np.zeros(SPEC.mask_shape, bool)
     expected[FORCED, 0] = True
     np.testing.assert_array_equal(least.sample(RNG), expected)
     too_small = static_nas.Space(SPEC, TABLE, budget_ms=FASTEST_MS - 0.1, paths=EVERY_PATH)
-    with pytest.raises(InputError, match=r"23\.65 ms: the fastest takes 23\.750 ms"):
+    with pytest.raises(InputError, match=r"23\.6500 ms: the fastest takes 23\.7500 ms"):
         too_small.sample(RNG)
 
 
