@@ -269,14 +269,12 @@ class Program:
     def _for_shapes(self, arguments: tuple[Any, ...]) -> tuple[jax.stages.Compiled, Any]:
         leaves, structure = jax.tree.flatten(arguments)
         key = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-        found = self._compiled.get(key)  # Without the lock: what is compiled waits for nothing.
-        if found is not None:
-            return found
-        with self._lock:
-            if key not in self._compiled:
-                lowered = self._function.lower(*jax.tree.map(_local_stand_in, arguments))
-                self._compiled[key] = lowered.compile(), lowered.out_info
-            return self._compiled[key]
+        if key not in self._compiled:  # What is there already waits for no compilation.
+            with self._lock:
+                if key not in self._compiled:
+                    lowered = self._function.lower(*jax.tree.map(_local_stand_in, arguments))
+                    self._compiled[key] = lowered.compile(), lowered.out_info
+        return self._compiled[key]
 
 
 def _local_stand_in(leaf: Any) -> np.ndarray:
