@@ -72,7 +72,7 @@ class Bench:
         rows += peer_rows
         rows += step_peers.rows(f"{kind}_update", seconds, list(calls))
         if len(subject.stage.phases) == 1:
-            rows += self._loop_rows(subject, float(np.median(seconds["update"])))
+            rows += self._loop_rows(subject, runner)
         return rows
 
     def _time(self, runner: Runner, others: Calls) -> dict[str, list[float]]:
@@ -166,22 +166,32 @@ class Bench:
         row = reporting.measurement(name, (seconds / update).tolist(), "fraction")
         return {**row, "bound": bound, "counted_flops": work.flops, "counted_bytes": work.bytes}
 
-    def _loop_rows(self, subject: Subject, update_seconds: float) -> list[Row]:
-        """The training loop as runs drive it: it waits for the device at the end alone."""
+    def _loop_rows(self, subject: Subject, runner: Runner) -> list[Row]:
+        """The training loop as runs drive it: it waits for the device at the end alone. Updates one
+        by one between two stretches of it, since machines drift."""
+        repeats = self.options.repeats
         running = train_loop.run(
             subject.stage,
             parallel.replicate(train_state.ravel(self.state)),
             stage_programs.batches(self.dataset, batch_size=self.options.batch_size),
         )
+
+        def stretch() -> float:
+            start = time.perf_counter()
+            for _ in range(repeats - 1):
+                next(running)
+            jax.block_until_ready(next(running))
+            return (time.perf_counter() - start) / repeats
+
         jax.block_until_ready(next(running))
-        start = time.perf_counter()
-        for _ in range(self.options.repeats - 1):
-            next(running)
-        jax.block_until_ready(next(running))
-        step = (time.perf_counter() - start) / self.options.repeats
-        wait = max(0.0, 1.0 - update_seconds / step)
+        before = stretch()
+        updates = stage_programs.time_in_turn(
+            {"update": runner.update}, repeats={"update": repeats}
+        )
+        steps = [before, stretch()]
+        wait = max(0.0, 1.0 - float(np.median(updates["update"])) / float(np.mean(steps)))
         return [
-            reporting.measurement(f"{subject.kind}_loop_step", [step], "seconds"),
+            reporting.measurement(f"{subject.kind}_loop_step", steps, "seconds"),
             reporting.measurement(f"{subject.kind}_input_wait_share", [wait], "fraction"),
         ]
 
