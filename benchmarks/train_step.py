@@ -29,7 +29,7 @@ once. Rows, after the stage's name:
   peak_memory                              accelerators: the most in use so far in this process, by
                                            the device's own account
   update_PEER, update_PEER_over_ours       seconds of a peer's update; ratio to ours, turn by turn
-  update_torch_LAYOUT_trial                the one update by which PyTorch's layout was chosen; its
+  update_torch_LAYOUT_trial                the update by which PyTorch's layout was chosen; its
                                            _peak_memory on accelerators; likewise torch_alone
 
 Activations have the type --dtype. Batch sizes are the same in all stages, not the recipe's.
