@@ -4,8 +4,8 @@ python -m benchmarks.latency_fidelity --output=benchmarks/results/latency_fideli
 
 The networks are random architectures through the skipping execution, the controller included, and
 with --workdir a trained variant on validation images, one of each architecture that its controller
-chooses. None is among those that the table is fitted to. Table and networks are timed in
-the same interleaved rounds, since the machine's clock drifts.
+chooses. None is among those that the table is fitted to. Table and networks are timed in the same
+interleaved rounds, since the machine's clock drifts.
 
 Rows named `repeat` set every other round against the rounds between: what the machine's own noise
 leaves of error and order, where each network is predicted by itself.

@@ -139,7 +139,7 @@ class Pipeline:
         """The pretrained supernet of a run that has one; InputError otherwise."""
         plan = self.planner.pretraining()
         checkpoints = self.workdir.checkpoints(plan.stage.name)
-        if not self._is_done(plan):
+        if not stage_runner.is_done(checkpoints, plan.total_steps):
             raise InputError(
                 f"{checkpoints} lacks the pretrained supernet: copy the run's folder whole, or "
                 "repeat the command of the run in another --workdir"
@@ -179,16 +179,13 @@ class Pipeline:
         """Of stages that are not done yet. What fails here fails again in its turn, and is seen."""
         raveled = train_state.ravel(self._fresh)
         for plan in plans:
-            if not self._is_done(plan):
+            checkpoints = self.workdir.checkpoints(plan.stage.name)
+            if not stage_runner.is_done(checkpoints, plan.total_steps):
                 batch_size = plan.section.batch_size
                 batch = data.blank_batch(
                     self.dataset.train, batch_size=batch_size, share=parallel.share(batch_size)
                 )
                 compiler.submit(train_loop.compile_ahead, plan.stage, raveled, dict(batch))
-
-    def _is_done(self, plan: Plan) -> bool:
-        checkpoints = self.workdir.checkpoints(plan.stage.name)
-        return parallel.from_first(lambda: stage_runner.is_done(checkpoints, plan.total_steps))
 
     def _run_stage(self, plan: Plan, state: TrainState, **options: Any):
         batch_size = plan.section.batch_size
@@ -228,7 +225,9 @@ class Pipeline:
     ) -> tuple[Plan, TrainState]:
         """And the state to finetune: the snapshot's policy, its decisions settled, with the weights
         that variants start from."""
-        settled = self._settled_before(name) or self._settle(snapshot)
+        settled = self._settled_before(name) or recipe.finetune_settled(
+            self.evaluate.policy_logits(snapshot, self.dataset.train), self.config.finetune
+        )
         state = dataclasses.replace(
             snapshot
             if self.config.finetune.start == "search"
@@ -259,16 +258,6 @@ class Pipeline:
             return state and controller.settled(self.spec, state.controller)
 
         return parallel.from_first(read)
-
-    def _settle(self, snapshot: TrainState) -> policy.Settled:
-        """What the training images agree on."""
-        section = self.config.finetune
-        policy_logits = self.evaluate.policy_logits(snapshot, self.dataset.train)
-        return policy.Settled.by_thresholds(
-            policy_logits >= section.threshold_spread,
-            policy_logits >= -section.threshold_spread,
-            tolerance=section.settle_tolerance,
-        )
 
     def _pretrain(self, plan: Plan) -> tuple[TrainState, float]:
         paths = self.planner.trained_paths.astype(np.float32)

@@ -85,6 +85,15 @@ def search_settled(spec: SupernetSpec, section: SearchConfig) -> policy.Settled:
     return policy.Settled(on=start & spec.forced_cells[:, None], off=~start)
 
 
+def finetune_settled(policy_logits: np.ndarray, section: FinetuneConfig) -> policy.Settled:
+    """What images of these logits [N, L, O] agree on, at all thresholds that are trained."""
+    return policy.Settled.by_thresholds(
+        policy_logits >= section.threshold_spread,
+        policy_logits >= -section.threshold_spread,
+        tolerance=section.settle_tolerance,
+    )
+
+
 def _start_paths(spec: SupernetSpec, section: SearchConfig) -> np.ndarray:
     """bool [L, O], each cell's start op."""
     names = section.start_ops

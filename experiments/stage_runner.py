@@ -196,14 +196,18 @@ def _saved(state: TrainState, seconds: float) -> dict[str, Any]:
 
 
 def is_done(checkpoints: Path, total_steps: int) -> bool:
-    """Whether a stage has its last checkpoint."""
-    if not checkpoints.is_dir():
-        return False
-    manager = checkpoint.StageCheckpoints(checkpoints)
-    try:
-        return total_steps in manager.steps()
-    finally:
-        manager.close()
+    """Whether a stage has its last checkpoint; process 0 looks for all."""
+
+    def look() -> bool:
+        if not checkpoints.is_dir():
+            return False
+        manager = checkpoint.StageCheckpoints(checkpoints)
+        try:
+            return total_steps in manager.steps()
+        finally:
+            manager.close()
+
+    return parallel.from_first(look)
 
 
 def newest(checkpoints: Path, like: TrainState) -> TrainState | None:

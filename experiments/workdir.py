@@ -80,7 +80,7 @@ class Workdir(RunFiles):
                 self.path.mkdir(parents=True, exist_ok=True)
             files.hold(self.path / _LOCK)
             if self.config.exists():  # By now: another process may just have made it.
-                there = self._parse(self.config.read_text())
+                there = self._read_config()
                 _check_same(self.path, there.to_json(), config.to_json())
                 return
             files.write_text(self.path / "flags.txt", flags_text + "\n")
@@ -102,16 +102,16 @@ class Workdir(RunFiles):
                 "folder: name an empty or a new one"
             )
 
-    def _parse(self, text: str) -> Config:
+    def _read_config(self) -> Config:
         try:
-            return Config.from_json(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{self.config} is not JSON ({error}): name another --workdir"
-            ) from error
+            return Config.from_json(json.loads(self.config.read_text()))
         except InputError as error:
             raise InputError(
                 f"{self.config} does not fit this program ({error}): name another --workdir"
+            ) from error
+        except ValueError as error:  # Bytes that are no text, too.
+            raise InputError(
+                f"{self.config} is not JSON ({error}): name another --workdir"
             ) from error
 
 

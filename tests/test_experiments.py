@@ -536,6 +536,12 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, log_steps, kill_at):
     assert int(kept.step) == 2
 
 
+def test_process_0_tells_all_which_stages_are_done(tmp_path, monkeypatch):
+    assert not stage_runner.is_done(tmp_path / "absent", 4)
+    monkeypatch.setattr(parallel, "from_first", lambda look: not look())  # It sees another disk.
+    assert stage_runner.is_done(tmp_path / "absent", 4)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_row_that_cannot_be_written_ends_a_run_where_its_processes_meet(monkeypatch, processes):
     class Full(metrics.MultiWriter):
@@ -620,6 +626,13 @@ class TestWorkdir:
         values["search"]["unheard_of"] = 1
         path.write_text(json.dumps(values))
         with pytest.raises(InputError, match="does not fit this program .*unheard_of"):
+            Workdir(str(tmp_path / "w"), config=self.CONFIG, flags_text="")
+
+    @pytest.mark.parametrize("content", [b"{", b"\xff"])
+    def test_a_damaged_configuration_is_named(self, tmp_path, content):
+        Workdir(str(tmp_path / "w"), config=self.CONFIG, flags_text="")
+        (tmp_path / "w/config.json").write_bytes(content)
+        with pytest.raises(InputError, match="config.json is not JSON"):
             Workdir(str(tmp_path / "w"), config=self.CONFIG, flags_text="")
 
     def test_notes_each_sitting(self, tmp_path):
