@@ -181,3 +181,18 @@ def test_weights_of_undecided_paths_lie_in_their_branches():
     decides = controller.fold(controller_variables(spec, nothing))
     needed = sum(leaf.size for leaf in jax.tree.leaves((ends, decides)))
     assert needed <= outside < needed + 100  # And the numbers that the rules are made of.
+
+
+@pytest.mark.parametrize(("known", "asks"), [("depth", False), ("half", True), ("cases", True)])
+def test_paths_are_counted_only_where_a_cell_may_run_several(known, asks):
+    spec = make_spec("patches", "mean")
+    content = onnx_model.serialise(
+        spec,
+        supernet_variables=supernet_variables("mean"),
+        controller_variables=controller_variables(spec, some_settled(spec, known)),
+        mean=MEAN,
+        std=STD,
+    )
+    kinds = [node.op_type for node in onnx.load_from_string(content).graph.node]
+    assert "If" in kinds
+    assert ("ReduceSum" in kinds) == asks
