@@ -14,6 +14,7 @@ from instanas_jax import (
     controller,
     cost,
     data,
+    feeding,
     latency,
     packing,
     parallel,
@@ -165,7 +166,7 @@ class Evaluator:
         """A program's answers about every image, in order, on the host."""
         replicated = parallel.replicate(inputs)
         chunks = [
-            parallel.gather(program(replicated, parallel.shard(dict(batch))))
+            parallel.gather(program(replicated, feeding.to_devices(batch)))
             for batch in self._batches(images)
         ]
         # What pads the last batch stands at its end.

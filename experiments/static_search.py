@@ -22,7 +22,7 @@ from tqdm import tqdm
 from experiments import comparison, trained_run
 from experiments import flags as flags_lib
 from experiments.pipeline import Pipeline
-from instanas_jax import data, parallel, policy, static_nas
+from instanas_jax import data, feeding, parallel, policy, static_nas
 from instanas_jax.train_state import TrainState
 
 _METHODS = {"random": static_nas.random_search, "evolution": static_nas.evolution}
@@ -84,7 +84,7 @@ def _calibration_batches(pipeline: Pipeline, images: int, *, seed: int) -> list[
     some = train.take(np.random.default_rng(seed).permutation(len(train))[:count])
     share = parallel.share(batch_size)
     batches = data.eval_batches(some, batch_size=batch_size, share=share)
-    return [parallel.shard(dict(batch)) for batch in batches]
+    return [feeding.to_devices(batch) for batch in batches]
 
 
 def _run() -> None:

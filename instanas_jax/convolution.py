@@ -54,8 +54,8 @@ def dense(x: jax.Array, kernel: jax.Array, *, stride: int, lowering: Lowering) -
         return _native(x, kernel, stride, groups=1)
     if not pays:
         return _dense_shifted(x, kernel, stride)
-    taps = list(_padded_taps(x, kernel.shape[0], stride))
-    windows = jnp.concatenate(taps, axis=-1)  # [B, H', W', k * k * C_in]
+    taps = _taps(fusion.padded(x, kernel.shape[0] // 2), kernel.shape[0], stride, out_size)
+    windows = jnp.concatenate(list(taps), axis=-1)  # [B, H', W', k * k * C_in]
     return _pointwise_product(windows, kernel.reshape(-1, kernel.shape[-1]))
 
 
@@ -72,10 +72,20 @@ def _dense_forward(x, kernel, stride):
 
 def _dense_backward(stride, residuals, gradient):
     x, kernel = residuals
+    size = kernel.shape[0]
     pull_back = jax.linear_transpose(lambda x: _native(x, kernel, stride, groups=1), x)
-    taps, parts = _padded_taps(x, kernel.shape[0], stride), in_parts(gradient)
-    kernel_gradient = [parts_kernel_gradient(in_parts(tap), parts) for tap in taps]
-    return *pull_back(gradient), jnp.stack(kernel_gradient).reshape(kernel.shape)
+    padded, parts = fusion.padded(x, size // 2), in_parts(gradient)
+    seen = [stride * (out_size - 1) + 1 for out_size in gradient.shape[1:3]]
+
+    # A loop, which cuts a tap when its turn comes: XLA would cut them all as early as the forward
+    # pass, half a gigabyte of a supernet's update that waits for gradients.
+    def tap_gradient(place: jax.Array) -> jax.Array:
+        start, shape = (0, place // size, place % size, 0), (x.shape[0], *seen, x.shape[-1])
+        tap = lax.dynamic_slice(padded, start, shape)[:, ::stride, ::stride]
+        return parts_kernel_gradient(in_parts(tap), parts)
+
+    kernel_gradient = lax.map(tap_gradient, jnp.arange(size * size))
+    return *pull_back(gradient), kernel_gradient.reshape(kernel.shape)
 
 
 _dense_shifted.defvjp(_dense_forward, _dense_backward)
@@ -201,12 +211,6 @@ def _taps(padded: jax.Array, kernel_size: int, stride: int, out_size: tuple[int,
                 padded.shape[-1],
             )
             yield lax.slice(padded, start, stop, strides)
-
-
-def _padded_taps(x: jax.Array, kernel_size: int, stride: int):
-    """As `_taps`, of a map that is not padded yet."""
-    padded = fusion.padded(x, kernel_size // 2)
-    return _taps(padded, kernel_size, stride, _out_size(x.shape[1:3], stride))
 
 
 def _weighted_taps(padded: jax.Array, kernel: jax.Array, stride: int, out_size) -> jax.Array:

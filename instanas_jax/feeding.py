@@ -60,10 +60,21 @@ def train_batches(
     return _from_host(data.train_batches(images, **options))
 
 
+def to_devices(batch: Any) -> Any:
+    """A batch of host arrays as programs take it (`parallel.shard`); on CPUs once it is there.
+
+    JAX's CPU client runs a program whose arguments are still on their way on a thread of its own,
+    and so what follows from its results. There glibc maps the temporaries anew at each call: four
+    gigabytes of page faults, some ten seconds, an update of the supernet at width 1.
+    """
+    batch = parallel.shard(dict(batch))
+    return jax.block_until_ready(batch) if jax.default_backend() == "cpu" else batch
+
+
 def _from_host(batches: Generator[data.Batch, None, None]) -> Generator[Any, None, None]:
     try:
         for batch in batches:
-            yield parallel.shard(dict(batch))
+            yield to_devices(batch)
     finally:
         batches.close()
 

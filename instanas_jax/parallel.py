@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -184,11 +185,14 @@ def _global(local: np.ndarray) -> jax.Array:
 
 
 def replicate(tree: Any) -> Any:
-    """Copies a pytree to every device, along a new leading axis."""
+    """Copies a pytree to every device, along a new leading axis; programs may take it over."""
 
     def copy(leaf: Any) -> jax.Array:
-        leaf = np.asarray(leaf)
-        return _global(np.broadcast_to(leaf, (jax.local_device_count(), *leaf.shape)))
+        # What `jax.device_put` makes of it may be the host's memory, which no program takes over.
+        leaf = jnp.array(np.asarray(leaf)[None])
+        copies = [jax.device_put(leaf, device) for device in jax.local_devices()]
+        shape = (device_count(), *leaf.shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, _sharding(), copies)
 
     return jax.tree.map(copy, tree)
 
@@ -206,11 +210,7 @@ def replicated_shapes(tree: Any) -> Any:
 
 def unreplicate(tree: Any) -> Any:
     """One device's copy of a replicated pytree, on the host."""
-
-    def first(leaf: jax.Array) -> np.ndarray:
-        return np.asarray(np.asarray(leaf.addressable_shards[0].data)[0])
-
-    return jax.tree.map(first, tree)
+    return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_shards[0].data)[0, ...], tree)
 
 
 def shard(batch: Any) -> Any:

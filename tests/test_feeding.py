@@ -1,5 +1,6 @@
 """Batches arrive on four devices, from the host or from images that lie there, the same."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -37,3 +38,13 @@ def test_a_mistake_shows_at_the_call(resident):
 def test_images_stay_on_accelerators_with_room(monkeypatch, memory, expected):
     monkeypatch.setattr(parallel, "memory_bytes", lambda: memory)
     assert feeding.is_resident(IMAGES) == expected
+
+
+@pytest.mark.parametrize(("backend", "waits"), [("cpu", True), ("gpu", False)])
+def test_batches_are_waited_for_on_cpus_alone(monkeypatch, backend, waits):
+    waited = []
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "block_until_ready", lambda batch: waited.append(batch) or batch)
+    batches = list(feeding.train_batches(IMAGES, resident=False, **OPTIONS))
+    assert len(batches) > 1
+    assert waited == (batches if waits else [])

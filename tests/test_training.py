@@ -614,3 +614,15 @@ def test_what_is_compiled_runs_while_other_shapes_compile():
         finally:
             may_go_on.set()
     np.testing.assert_array_equal(parallel.unreplicate(doubled), [2.0, 2.0])
+
+
+def test_replicated_arrays_are_no_views_of_the_hosts():
+    """Which a program could not take over, but would copy while its temporaries are there."""
+    aligned = np.zeros(64 + 4096, np.uint8)
+    start = -aligned.ctypes.data % 64  # Where JAX would otherwise take the host's memory.
+    host = aligned[start : start + 4096].view(np.float32)
+    replicated = parallel.replicate(host)
+    assert jax.local_device_count() > 1
+    for shard in replicated.addressable_shards:
+        place = shard.data.unsafe_buffer_pointer()
+        assert not host.ctypes.data <= place < host.ctypes.data + host.nbytes
