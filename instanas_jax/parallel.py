@@ -209,7 +209,8 @@ def replicated_shapes(tree: Any) -> Any:
 
 
 def unreplicate(tree: Any) -> Any:
-    """One device's copy of a replicated pytree, on the host."""
+    """One device's copy of a replicated pytree, on the host; on CPUs a view of the device's memory,
+    which no program takes over while the view lives."""
     return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_shards[0].data)[0, ...], tree)
 
 
