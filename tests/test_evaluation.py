@@ -104,3 +104,14 @@ def test_some_paths_answer_as_they_do_among_all():
     for call in (few, lambda *_, **options: few.recalibrated(state, batches, **options)):
         with pytest.raises(ValueError, match="does not compute"):
             call(state, images, architecture=uniform_architecture(SPEC, 2))
+
+
+def test_batches_of_an_evaluation_have_arrived_as_those_of_training_have(monkeypatch):
+    """Or a program's temporaries are mapped anew at each batch: see `feeding.to_devices`."""
+    arrived, to_devices = [], feeding.to_devices
+    monkeypatch.setattr(
+        feeding, "to_devices", lambda batch: arrived.append(batch) or to_devices(batch)
+    )
+    evaluate = evaluation.Evaluator(SETTING, batch_size=BATCH // 2)
+    evaluate(make_state(), make_images(), architecture=uniform_architecture(SPEC, 1))
+    assert [len(batch["image"]) for batch in arrived] == [BATCH // 2] * 2
