@@ -6,7 +6,9 @@ Every execution answers the same images under the same masks, in turn (A B B A),
 and once on two. `skipping` holds the controller and decides anew for each image;
 `static_controller` is the subnet compiled for its mask, then the controller; `static` the subnet
 alone, and so are the peers. `exported` is ONNX Runtime too, on the file that `experiments.export`
-writes: controller and skipping inside. `masked` computes every path. One image is answered in
+writes: controller and skipping inside. `masked` computes every path. One image gains little by a
+second thread here and much in ONNX Runtime, so `onnx_runtime_two_threads`, beside ours on one, sets
+each at its best on two cores. One image is answered in
 several processes, which compile anew, each in another order: where weights and programs happen to
 lie in memory is worth a tenth. A turn's first calls are not timed: after another network a program
 takes up to 1.15 times as long for some six images, the more of them the more weights and code it
@@ -85,12 +87,16 @@ def _one_image(
         "static": lambda: functools.partial(subjects.static(mask), image[0]),
         "masked": lambda: functools.partial(subjects.masked, image, mask[None]),
     }
-    calls = {}
+    calls: dict[str, Call] = {}
     for name in timing.rotated(makers, first):
         calls[name] = makers[name]()
         jax.block_until_ready(calls[name]())
-    exported = subjects.exported(mask, image, threads=threads)
-    return {**calls, **exported, **subjects.peers(mask, image, threads=threads)}
+    calls |= subjects.exported(mask, image, threads=threads)
+    calls |= subjects.peers(mask, image, threads=threads)
+    if threads == 1:
+        on_two = subjects.peers(mask, image, threads=2, names=["onnx_runtime"])
+        calls |= {f"{name}_two_threads": call for name, call in on_two.items()}
+    return calls
 
 
 def _mobilenetv2(subjects: Subjects, image: np.ndarray, threads: int) -> dict[str, Call]:

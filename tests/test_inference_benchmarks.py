@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import latency_fidelity, skip_speedup, turns
-from benchmarks.subjects import Subjects
+from benchmarks.subjects import PEERS, Subjects
 from experiments import flags as flags_lib
 from instanas_jax import search_space
 from instanas_jax.errors import InputError
@@ -99,6 +99,19 @@ def test_a_variant_is_timed_beside_mobilenetv2(monkeypatch):
     assert threads == 2
     monkeypatch.setattr(Subjects, "peers", lambda *_, **__: {})
     assert skip_speedup._mobilenetv2(variant, variant.images, 2) == {}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_onnx_runtime_on_two_threads_is_timed_beside_ours_on_one(monkeypatch, threads):
+    def peers(*_, threads, names=PEERS):
+        return dict.fromkeys(names, threads)
+
+    monkeypatch.setattr(Subjects, "peers", peers)
+    subjects = Subjects.random(SPEC, 1)
+    mask = subjects.masks()["mobilenetv2"]
+    calls = skip_speedup._one_image(subjects, subjects.images, mask, threads, first=0)
+    assert all(calls[name] == threads for name in PEERS)
+    assert calls.get("onnx_runtime_two_threads") == (2 if threads == 1 else None)
 
 
 @pytest.mark.usefixtures("no_peers")
