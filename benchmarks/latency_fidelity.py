@@ -84,8 +84,7 @@ def _run() -> None:
         for name, value in table.in_network_ms.items()
     ]
     reporting.write_report(output, benchmark="latency_fidelity", results=rows)
-    for row in rows:
-        print(f"{row['name']}: {row['value']:.4f} {row['unit']}")
+    reporting.print_rows(rows)
 
 
 def _image_of_each_architecture(subjects: Subjects, most: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,12 +11,12 @@ if a case exceeds its tolerance, 2 if an input is wrong.
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import optax
-from absl import app, flags
+from absl import flags
 
 from benchmarks import reference_weights, reporting
 from benchmarks.reference_cases import TOLERANCE, Case, compare_norms, relative_error
@@ -236,22 +236,22 @@ def _run() -> list[Case]:
     return cases
 
 
-def main(argv: Sequence[str]) -> int:
-    if len(argv) > 1:
-        print(f"error: unexpected argument '{argv[1]}'", file=sys.stderr)
-        return 2
-    try:
-        # Accelerators would otherwise multiply float32 matrices in a shorter format.
-        with jax.default_matmul_precision("float32"):
-            cases = _run()
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _compare(names: list[str]) -> int:
+    """Exit status of the program, which takes flags alone."""
+    if names:
+        raise InputError(f"unexpected argument '{names[0]}': flags begin with --")
+    # Accelerators would otherwise multiply float32 matrices in a shorter format.
+    with jax.default_matmul_precision("float32"):
+        cases = _run()
     failures = [case.name for case in cases if not case.passes]
     if failures:
         print(f"error: over the tolerance: {', '.join(failures)}", file=sys.stderr)
     return 1 if failures else 0
 
 
+def main() -> None:
+    flags_lib.start_with_arguments(_compare)
+
+
 if __name__ == "__main__":
-    app.run(main)
+    main()

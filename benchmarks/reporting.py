@@ -70,6 +70,13 @@ def write_report(
     files.write_text(target, json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """A line for each row of `measurement`."""
+    for row in rows:
+        value = "not a number" if row["value"] is None else f"{row['value']:.4g} {row['unit']}"
+        print(f"{row['name']}: {value}")
+
+
 def describe_command(benchmark: str, arguments: Sequence[str]) -> str:
     """The command line, with files by name alone: folders of one machine mean nothing elsewhere."""
     named = [_FOLDERS.sub("", argument) for argument in arguments]

@@ -75,13 +75,23 @@ def update_work(
     return Work(3.0 * images * flops, float(images * itemsize * values + weights))
 
 
-def masked_work(spec: SupernetSpec, images: int, *, itemsize: int) -> Work:
-    """One forward pass of all paths with batch norm folded."""
+def masked_work(spec: SupernetSpec, images: int, *, masks: int, itemsize: int) -> Work:
+    """One forward pass of all paths with batch norm folded, of every image under some masks.
+
+    What comes before the first choice runs once an image (`supernet.apply_eval`): the stem, and the
+    paths of the first cell.
+    """
     paths = np.ones(spec.mask_shape, bool)
     flops, params = _forward_cost(spec, paths)
-    values = sum(read + made for read, made in _maps(spec, paths))
+    shared_flops = cost.stem_cost(spec).flops + int(cost.path_costs(spec)[0][0].sum())
+    maps = [read + made for read, made in _maps(spec, paths)]
+    shared_values = sum(maps[: 1 + len(list(_cell_maps(spec.cells[0], paths[0])))])
+    again = images * (masks - 1)
     weights = np.dtype(np.float32).itemsize * params
-    return Work(float(images * flops), float(images * itemsize * values + weights))
+    return Work(
+        float(images * flops + again * (flops - shared_flops)),
+        float(itemsize * (images * sum(maps) + again * (sum(maps) - shared_values)) + weights),
+    )
 
 
 def _forward_cost(spec: SupernetSpec, paths: np.ndarray) -> tuple[int, int]:
@@ -131,8 +141,9 @@ def measure_ceilings(
     """
     ones = jnp.ones((size, size), dtype)
     vector = jnp.ones(min(16 * size * size, _MAX_VECTOR), dtype)
-    products = _rates(jnp.matmul, ones, 2.0 * size**3, repeats)
-    additions = _rates(jnp.add, vector, 3.0 * vector.nbytes, repeats)
+    products = _rates(jnp.matmul, (ones, ones), 2.0 * size**3, repeats)
+    # Of one vector added to itself, the second reading would come from a cache.
+    additions = _rates(jnp.add, (vector, jnp.ones_like(vector)), 3.0 * vector.nbytes, repeats)
     devices = parallel.device_count()
     rows = [
         reporting.measurement("ceiling_matrix_product", [r / 1e9 for r in products], "GFLOP/s"),
@@ -141,13 +152,15 @@ def measure_ceilings(
     return Ceilings(devices * max(products), devices * max(additions)), rows
 
 
-def _rates(function: Callable[..., Any], x: jax.Array, amount: float, repeats: int) -> list[float]:
-    """`amount` a second of function(x, x), in each of some runs."""
+def _rates(
+    function: Callable[..., Any], operands: tuple[jax.Array, ...], amount: float, repeats: int
+) -> list[float]:
+    """`amount` a second of a function of two arrays, in each of some runs."""
     run = jax.jit(function)
-    jax.block_until_ready(run(x, x))
+    jax.block_until_ready(run(*operands))
     rates = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(run(x, x))
+        jax.block_until_ready(run(*operands))
         rates.append(amount / (time.perf_counter() - start))
     return rates

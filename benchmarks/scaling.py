@@ -208,10 +208,10 @@ def differences(params: Params, others: Params, *, start: Params) -> tuple[float
     for path, array in params.items():
         difference = np.float64(others[path]) - array
         scale = max(float(np.abs(array).max()), _ROUNDING)
-        largest = max(largest, float(np.abs(difference).max()) / scale)
+        largest = np.maximum(largest, np.abs(difference).max() / scale)  # Keeps a nan.
         apart += float(np.sum(difference**2))
         moved += float(np.sum((np.float64(array) - start[path]) ** 2))
-    return largest, float(np.sqrt(apart / moved))
+    return float(largest), float(np.sqrt(apart / moved))
 
 
 def _rows(devices: int, measured: Measured, one: Measured, options: Options, backend: str):
@@ -259,8 +259,7 @@ def _run() -> None:
         one = one or measured
         rows += _rows(count, measured, one, options, backend)
     reporting.write_report(output, benchmark="scaling", results=rows)
-    for row in rows:
-        print(f"{row['name']}: {row['value']:.4g} {row['unit']}")
+    reporting.print_rows(rows)
 
 
 def main() -> None:

@@ -252,8 +252,7 @@ def _run() -> None:
     for threads in _THREADS:
         rows += _measure(spec, trained, (size, peer_size), values.rounds, threads)
     reporting.write_report(output, benchmark="skip_speedup", results=rows)
-    for row in rows:
-        print(f"{row['name']}: {row['value']:.3f} {row['unit']}")
+    reporting.print_rows(rows)
 
 
 def main() -> None:

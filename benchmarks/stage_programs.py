@@ -81,14 +81,15 @@ class Subject:
     Attributes:
       kind: one of `KINDS`.
       paths: bool [L, O], those that a supernet's update computes; None for the controller's.
-      forward_passes: of the supernet an image in the controller's update, which trains none of it.
+      masks: of each image that the controller's update, which trains no path, passes through the
+        supernet.
     """
 
     kind: str
     stage: Stage
     phase: Phase
     paths: np.ndarray | None
-    forward_passes: int = 0
+    masks: int = 0
 
 
 def make_subject(kind: str, setting: Setting) -> Subject:
@@ -114,7 +115,7 @@ def make_subject(kind: str, setting: Setting) -> Subject:
         )
         if kind == "search_supernet":
             return Subject(kind, stage, stage.phases[1], every_path)
-        return Subject(kind, stage, stage.phases[0], None, forward_passes=section.samples + 1)
+        return Subject(kind, stage, stage.phases[0], None, masks=section.samples + 1)
     settled = policy.Settled.nothing(spec.mask_shape)
     if kind == "static":
         settled = policy.Settled.architecture(

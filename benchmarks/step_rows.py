@@ -157,8 +157,7 @@ class Bench:
     def _roofline_row(self, subject: Subject, update: np.ndarray) -> Row:
         images, itemsize = self.options.batch_size, jax.numpy.dtype(self.dtype).itemsize
         if subject.paths is None:
-            images *= subject.forward_passes
-            work = roofline.masked_work(self.spec, images, itemsize=itemsize)
+            work = roofline.masked_work(self.spec, images, masks=subject.masks, itemsize=itemsize)
         else:
             work = roofline.update_work(self.spec, images, itemsize=itemsize, paths=subject.paths)
         seconds, bound = work.bound(self.ceilings)

@@ -45,7 +45,7 @@ from tqdm import tqdm
 from benchmarks import reporting, roofline, stage_programs, step_rows
 from experiments import flags as flags_lib
 from experiments.config import ModelConfig
-from instanas_jax import parallel
+from instanas_jax import feeding
 from instanas_jax.errors import InputError
 
 
@@ -81,7 +81,7 @@ def _read_options() -> step_rows.Options:
         for name in getattr(values, flag):
             if name not in choices:
                 raise InputError(f"--{flag} names '{name}': choose of {', '.join(choices)}")
-    parallel.check_batch_size(values.batch_size, flag="batch_size")
+    feeding.check_batch_size(values.batch_size, flag="batch_size")
     return step_rows.Options(
         model=flags_lib.read_section(ModelConfig),
         num_classes=values.num_classes,
@@ -101,8 +101,7 @@ def _run() -> None:
     for kind in tqdm(flags.FLAGS.stages, desc="stages", unit="stage"):
         rows += bench.measure(kind)
     reporting.write_report(output, benchmark="train_step", results=rows)
-    for row in rows:
-        print(f"{row['name']}: {row['value']:.4g} {row['unit']}")
+    reporting.print_rows(rows)
 
 
 def main() -> None:

@@ -59,8 +59,8 @@ def open_pipeline(finished: Finished, report: Path) -> Pipeline:
     Who trains by it closes its writer.
     """
     config = finished.run.config
-    writer = metrics.JsonlWriter(report.with_suffix(".metrics.jsonl"))
     workdir = Workdir(str(finished.run.files.path), config=config, flags_text="")
+    writer = metrics.JsonlWriter(report.with_suffix(".metrics.jsonl"))  # Held by `workdir`'s lock.
     return Pipeline(config, dataset=finished.dataset, workdir=workdir, writer=writer)
 
 

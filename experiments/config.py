@@ -188,7 +188,7 @@ class Config:
             config = cls(dataset=values["dataset"], **parts)
             check_together(config)
             return config
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"a setting is missing, unknown or of another type: {error}") from None
 
 

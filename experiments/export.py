@@ -19,7 +19,7 @@ from PIL import Image
 from experiments import flags as flags_lib
 from experiments import trained_run
 from experiments.trained_run import TrainedRun
-from instanas_jax import convolution, environment, files, inference, policy
+from instanas_jax import convolution, environment, errors, files, inference, policy
 from instanas_jax.errors import InputError
 from instanas_jax.search_space import (
     CANDIDATE_OPS,
@@ -54,9 +54,9 @@ def open_model(content: bytes, *, threads: int) -> inference.Predict:
     try:
         session = onnx_graph.session(content, threads=threads)
     except Exception as error:  # ONNX Runtime documents no common base of what it raises.
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"ONNX Runtime cannot read the model ({reason}), so nothing is written: {_INSTALL}"
+            f"ONNX Runtime cannot read the model ({errors.reason(error)}), so nothing is written: "
+            f"{_INSTALL}"
         ) from error
 
     def predict(image: np.ndarray) -> tuple[Any, Any]:
@@ -85,7 +85,7 @@ def compare(
         if np.array_equal(np.asarray(our_mask) > 0.5, mask):
             errors.append(float(np.linalg.norm(found - expected) / np.linalg.norm(expected)))
             masks.add(np.asarray(mask).tobytes())
-    error = max(errors, default=np.inf)
+    error = float(np.max(errors)) if errors else np.inf  # Of Python's `max`, a nan may be lost.
     if not error < _TOLERANCE or len(errors) < len(images) // 2:
         raise InputError(
             "ONNX Runtime answers otherwise than this program, so nothing is written (of "

@@ -21,6 +21,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from experiments import config as config_lib
+from experiments import settings
 from instanas_jax import environment, files, parallel
 from instanas_jax.errors import InputError
 
@@ -77,7 +78,7 @@ def define_section(
         default = getattr(defaults, field.name)
         help_text = field.metadata["help"]
         if field.metadata["choices"]:
-            help_text += f" One of {', '.join(field.metadata['choices'])}."
+            help_text += f" One of {settings.listed(field.metadata['choices'])}."
         if isinstance(default, tuple):
             flags.DEFINE_list(prefix + field.name, list(default), help_text)
         else:
@@ -255,6 +256,6 @@ def _parse(arguments: list[str]) -> list[str]:
         return flags.FLAGS(arguments)
     except SystemExit:  # Of a flag such as --help, which has shown what it was asked for.
         sys.exit(0)
-    except flags.Error as error:
+    except (flags.Error, UnicodeDecodeError) as error:  # The latter of a flagfile's bytes.
         print(f"error: {' '.join(str(error).split())}: see --help", file=sys.stderr)
         sys.exit(2)

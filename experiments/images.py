@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin
 
+from instanas_jax import errors
 from instanas_jax.errors import InputError
 
 # Pillow logs some of the errors that it also raises.
@@ -193,7 +194,7 @@ def _unreadable(path: str, error: OSError) -> InputError:
 
 
 def _undecodable(path: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
     return InputError(
-        f"{printable(path)} cannot be decoded ({reason}): copy it again, or save it as PNG"
+        f"{printable(path)} cannot be decoded ({errors.reason(error)}): copy it again, or save it "
+        "as PNG"
     )

@@ -226,7 +226,9 @@ class Pipeline:
         """And the state to finetune: the snapshot's policy, its decisions settled, with the weights
         that variants start from."""
         settled = self._settled_before(name) or recipe.finetune_settled(
-            self.evaluate.policy_logits(snapshot, self.dataset.train), self.config.finetune
+            self.spec,
+            self.evaluate.policy_logits(snapshot, self.dataset.train),
+            self.config.finetune,
         )
         state = dataclasses.replace(
             snapshot

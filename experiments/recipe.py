@@ -9,6 +9,7 @@ from experiments.stage_config import FinetuneConfig, PretrainConfig, SearchConfi
 from instanas_jax import (
     convolution,
     data,
+    feeding,
     latency,
     optimizers,
     parallel,
@@ -39,7 +40,7 @@ def check_data(config: Config, dataset: data.Dataset) -> None:
         flag, batch_size = f"{name}_batch_size", getattr(config, name).batch_size
         # Networks from scratch mix in batches of the pretraining's size (`plans`).
         mixes = name != "search" and config.finetune.cut_mix > 0.0
-        parallel.check_batch_size(batch_size, flag=flag, in_pairs=mixes)
+        feeding.check_batch_size(batch_size, flag=flag, in_pairs=mixes)
         if batch_size > images:
             raise InputError(f"--{flag}={batch_size}, but {images} images train: choose fewer")
 
@@ -85,13 +86,16 @@ def search_settled(spec: SupernetSpec, section: SearchConfig) -> policy.Settled:
     return policy.Settled(on=start & spec.forced_cells[:, None], off=~start)
 
 
-def finetune_settled(policy_logits: np.ndarray, section: FinetuneConfig) -> policy.Settled:
+def finetune_settled(
+    spec: SupernetSpec, policy_logits: np.ndarray, section: FinetuneConfig
+) -> policy.Settled:
     """What images of these logits [N, L, O] agree on, at all thresholds that are trained."""
-    return policy.Settled.by_thresholds(
+    agreed = policy.Settled.by_thresholds(
         policy_logits >= section.threshold_spread,
         policy_logits >= -section.threshold_spread,
         tolerance=section.settle_tolerance,
     )
+    return agreed.by_the_rule(spec.forced_cells)
 
 
 def _start_paths(spec: SupernetSpec, section: SearchConfig) -> np.ndarray:

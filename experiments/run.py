@@ -1,5 +1,7 @@
 """From flags to results: what every data set's program does."""
 
+import os
+
 from absl import flags
 
 from experiments import dataset_summary, recipe, results, timing
@@ -33,7 +35,7 @@ def _run(dataset_name: str) -> None:
     table_path, foreign = flags.FLAGS.latency_table or None, flags.FLAGS.allow_foreign_table
 
     def open_workdir() -> Workdir:
-        begins = not RunFiles(flags.FLAGS.workdir or "").latency_table.exists()
+        begins = not os.path.exists(RunFiles(flags.FLAGS.workdir or "").latency_table)
         if table_path and begins:  # A table that does not fit claims no folder.
             spec = config.model.spec(num_classes=dataset.num_classes)
             timing.given_table(config.run, spec, table_path, allow_foreign=foreign)

@@ -34,10 +34,15 @@ def check(section: Any, *, prefix: str = "") -> None:
         _check(f"--{prefix}{field.name}", getattr(section, field.name), field.metadata)
 
 
+def listed(choices: tuple[str, ...]) -> str:
+    """Choices as text; an empty one, which leaves the choice to something else, has no name."""
+    return ", ".join(filter(None, choices))
+
+
 def _check(flag: str, value: Any, rules: Any) -> None:
     minimum, maximum, choices = rules["minimum"], rules["maximum"], rules["choices"]
     if choices is not None and value not in choices:
-        raise InputError(f"{flag}={value}: choose one of {', '.join(choices)}")
+        raise InputError(f"{flag}={value}: choose one of {listed(choices)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{flag}={value}: must be a number, and not infinite")
     if minimum is not None and value < minimum:

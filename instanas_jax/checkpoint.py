@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from instanas_jax import errors
 from instanas_jax.errors import InputError
 
 
@@ -48,6 +49,9 @@ class StageCheckpoints:
 
         Those that `restore_latest` passed over go aside first, as STEP.damaged: Orbax saves no step
         before its newest.
+
+        Raises:
+          InputError: it cannot be written.
         """
         if self._damaged:
             for damaged in self._damaged:
@@ -57,7 +61,14 @@ class StageCheckpoints:
             self._damaged = []
             self._manager.reload()
         if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            try:
+                self._manager.save(step, args=ocp.args.StandardSave(state))
+            except ValueError as error:  # So TensorStore reports whatever the system refuses.
+                reason = errors.reason(error)
+                raise InputError(
+                    f"checkpoint {self._directory / str(step)} cannot be written ({reason}): make "
+                    "room or check permissions, and repeat the command"
+                ) from error
 
     def steps(self) -> list[int]:
         """Updates behind each checkpoint, ascending."""
@@ -75,11 +86,8 @@ class StageCheckpoints:
         for step in reversed(self.steps()):
             try:
                 return step, self.restore(step, like)
-            except InputError:
-                logging.getLogger(__name__).warning(
-                    "checkpoint %s cannot be read: an earlier one is taken, or none",
-                    self._directory / str(step),
-                )
+            except InputError as error:
+                logging.getLogger(__name__).warning("%s; an earlier one is taken, or none", error)
                 self._damaged.append(step)
         return None
 
@@ -88,8 +96,10 @@ class StageCheckpoints:
         abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except PermissionError:  # Which is no damage: nothing may take the checkpoint's place.
+            raise
         except Exception as error:  # Orbax documents no common base of what it raises.
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = errors.reason(error)
             raise InputError(
                 f"checkpoint {self._directory / str(step)} cannot be restored ({reason}): copy it "
                 "again from where it was written"

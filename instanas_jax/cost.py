@@ -39,13 +39,16 @@ def op_cost(cell: CellSpec, op: OpSpec) -> Cost:
     )
 
 
+def stem_cost(spec: SupernetSpec) -> Cost:
+    return conv_cost(spec.cells[0].in_size, 3, 3, spec.stem_channels)
+
+
 def fixed_cost(spec: SupernetSpec) -> Cost:
     """Cost of stem and head, which every architecture pays."""
     last = spec.cells[-1]
-    stem_size = spec.cells[0].in_size
     linear = spec.head_channels * spec.num_classes
     return (
-        conv_cost(stem_size, 3, 3, spec.stem_channels)
+        stem_cost(spec)
         + conv_cost(last.out_size, 1, last.out_channels, spec.head_channels)
         + Cost(2 * linear, linear + spec.num_classes)
     )

@@ -100,7 +100,7 @@ def split(
     if not 0 <= validation_size < source.train_size:
         raise InputError(
             f"validation_size is {validation_size}, but {source.name} has {source.train_size} "
-            f"training images; choose 0 to {source.train_size - 1}"
+            "training images: choose fewer"
         )
     for limit_name, limit in (("train_limit", train_limit), ("test_limit", test_limit)):
         if limit is not None and limit < 1:

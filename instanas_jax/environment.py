@@ -1,6 +1,7 @@
 """The machine: how XLA's CPU backend is set up here, and what a measurement ran on."""
 
 import concurrent.futures
+import contextlib
 import ctypes
 import functools
 import gc
@@ -12,7 +13,7 @@ import os
 import pathlib
 import platform
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -132,14 +133,32 @@ def in_inference_process(function: Callable[..., Result], *arguments: Any, threa
         1,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=functools.partial(_begin_inference_process, threads),
-    ) as process:
+    ) as executor:
+        before = set(multiprocessing.active_children())
+        # Ctrl-C in a terminal would reach both: the one that waits hears it, and ends the other.
         try:
-            return process.submit(function, *arguments).result()
+            with _interrupts_wait():
+                answer = executor.submit(function, *arguments)
+            return answer.result()
+        except KeyboardInterrupt:
+            for process in set(multiprocessing.active_children()) - before:
+                process.kill()
+            raise
         except concurrent.futures.BrokenExecutor:
             raise InputError(
                 "the process that answers and times single images was ended, perhaps for want of "
                 "memory: make room, and repeat the command"
             ) from None
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """SIGINT comes after the block; processes that begin inside never hear it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_inference_process(threads: int) -> None:

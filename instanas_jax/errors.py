@@ -7,3 +7,9 @@ class InputError(ValueError):
     The message is one line: what was wrong, with its value, and the remedy. Entry points print it
     and exit with status 2.
     """
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of another library says, for a message of ours: one line of no more than
+    200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

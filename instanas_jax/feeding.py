@@ -7,10 +7,27 @@ import jax
 import numpy as np
 
 from instanas_jax import data, parallel
+from instanas_jax.errors import InputError
 from instanas_jax.image_sets import Images, ImageSet
 
 # Of an accelerator's memory; the rest is for training.
 _RESIDENT_SHARE = 1 / 8
+
+
+def check_batch_size(batch_size: int, *, flag: str, in_pairs: bool = False) -> None:
+    """InputError unless the devices can share a batch of this size evenly.
+
+    Args:
+      in_pairs: whether neighbours in the batch must stay together (`augment.cut_mix`).
+    """
+    devices = parallel.device_count()
+    together = 2 if in_pairs and devices > 1 else 1
+    if batch_size < 1 or batch_size % (devices * together):
+        pairs = " in pairs" if together > 1 else ""
+        raise InputError(
+            f"--{flag}={batch_size} cannot be shared evenly{pairs} by {devices} devices: choose a "
+            f"multiple of {devices * together}"
+        )
 
 
 def is_resident(images: Images) -> bool:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -90,15 +91,29 @@ class TensorBoardWriter:
         self._purge_step: dict[str, int] = {}
 
     def write(self, step: int, scalars: Mapping[str, float], stage: str) -> None:
-        if stage not in self._stages:
-            # Imported here so that a run without TensorBoard does not pay for it.
-            import tensorboardX
+        # Imported here so that a run without TensorBoard does not pay for it.
+        from tensorboardX import summary
 
-            self._stages[stage] = tensorboardX.SummaryWriter(
-                logdir=str(self._directory / stage), purge_step=self._purge_step.get(stage)
-            )
+        if stage not in self._stages:
+            self._stages[stage] = self._open(stage)
         for name, value in scalars.items():
-            self._stages[stage].add_scalar(name, float(value), int(step))
+            self._stages[stage].write_event(
+                _event(step=step, summary=summary.scalar(name, float(value)))
+            )
+        self._stages[stage].flush()
+
+    def _open(self, stage: str) -> Any:
+        """Without the queue and thread of `SummaryWriter`: where these can't write, the thread ends
+        and the next row waits for it without an end."""
+        from tensorboardX.event_file_writer import EventsWriter
+
+        folder, step = self._directory / stage, self._purge_step.get(stage)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Files of one second would else have one name.
+        writer = EventsWriter(str(folder / "events"), f".{len(list(folder.iterdir()))}")
+        if step is not None:
+            writer.write_event(_event(step=step, session_log={"status": "START"}))
+        return writer
 
     def truncate_after(self, step: int, stage: str) -> None:
         # Event files are only appended to: a new file tells TensorBoard to hide the stale steps.
@@ -110,6 +125,14 @@ class TensorBoardWriter:
         for writer in self._stages.values():
             writer.close()
         self._stages.clear()
+
+
+def _event(**fields: Any) -> Any:
+    """One of TensorBoard's, of now."""
+    from tensorboardX.proto import event_pb2
+
+    made: Any = event_pb2  # Its classes are made when it is imported.
+    return made.Event(wall_time=time.time(), **fields)
 
 
 class MultiWriter:

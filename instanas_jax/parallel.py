@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from instanas_jax import errors
 from instanas_jax.errors import InputError
 
 AXIS_NAME = "devices"
@@ -44,25 +45,32 @@ def initialise(
       timeout_seconds: how long to wait for the others.
 
     Raises:
-      InputError: the arguments do not say, or no cluster is found, or the others do not come.
+      InputError: the arguments do not say, or no cluster is found, or the others do not come, or
+        have more or fewer devices.
     """
     try:
         jax.distributed.initialize(
             coordinator, num_processes, process_id, initialization_timeout=timeout_seconds
         )
+        counts = {len(jax.local_devices(process)) for process in range(jax.process_count())}
+        if len(counts) == 1:  # Connects the devices: later the processes may be minutes apart.
+            from_first(lambda: None)
     except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError.
-        if num_processes is None:
+        if num_processes is None and isinstance(error, ValueError):
             raise InputError(
                 "no cluster is found (Slurm, Open MPI, Kubernetes, TPU pods): give every process "
                 "--num_processes, --coordinator and a --process_id of its own"
             ) from error
-        reason = " ".join(str(error).split())[:200]
+        process = f"process {process_id} of {num_processes}" if num_processes else "a process"
         raise InputError(
-            f"process {process_id} of {num_processes} cannot join {coordinator} ({reason}): give "
+            f"{process} cannot join {coordinator or 'its cluster'} ({errors.reason(error)}): give "
             "every process the same --coordinator and --num_processes and a --process_id of its "
             "own, or none of them under Slurm, Open MPI or Kubernetes"
         ) from error
-    from_first(lambda: None)  # Connects the devices: later the processes may be minutes apart.
+    if len(counts) > 1:
+        raise InputError(
+            f"processes have {' or '.join(map(str, sorted(counts)))} devices: give each as many"
+        )
 
 
 def is_first() -> bool:
@@ -146,22 +154,6 @@ def axis_name() -> str | None:
 def process_count() -> int:
     """Processes that share a run."""
     return jax.process_count()
-
-
-def check_batch_size(batch_size: int, *, flag: str, in_pairs: bool = False) -> None:
-    """InputError unless the devices can share a batch of this size evenly.
-
-    Args:
-      in_pairs: whether neighbours in the batch must stay together (`augment.cut_mix`).
-    """
-    devices = device_count()
-    together = 2 if in_pairs and devices > 1 else 1
-    if batch_size < 1 or batch_size % (devices * together):
-        pairs = " in pairs" if together > 1 else ""
-        raise InputError(
-            f"--{flag}={batch_size} cannot be shared evenly{pairs} by {devices} devices: choose a "
-            f"multiple of {devices * together}"
-        )
 
 
 def share(batch_size: int) -> slice:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from instanas_jax import channels
-from instanas_jax.search_space import CANDIDATE_OPS, CellSpec
+from instanas_jax.search_space import CellSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +39,10 @@ def path(cell: CellSpec, op: int, weights: dict[str, Any]) -> Path:
     if op == channels.BASIC_OP:
         first = conv(weights["first"], stride=cell.stride)
         return Path((first, conv(weights["second"], activation="relu6")), adds_input=False)
-    hidden = cell.in_channels * CANDIDATE_OPS[op].expansion
     return Path(
         (
             conv(weights["expand"]),
-            conv(weights["depthwise"], stride=cell.stride, groups=hidden),
+            conv(weights["depthwise"], stride=cell.stride, groups=channels.hidden(cell, op)),
             conv(weights["project"], activation="none"),
         ),
         adds_input=cell.has_residual,

@@ -227,6 +227,18 @@ class Settled:
             off=cls.by_masks(generous, tolerance=tolerance).off,
         )
 
+    def by_the_rule(self, forced_cells: np.ndarray) -> "Settled":
+        """And what the empty-cell rule decides: `FORCED_OP` runs where no other path may.
+
+        Args:
+          forced_cells: bool [L], `SupernetSpec.forced_cells`.
+        """
+        others_off = np.delete(self.off, FORCED_OP, axis=-1).all(axis=-1)
+        on, off = self.on.copy(), self.off.copy()
+        on[:, FORCED_OP] |= np.asarray(forced_cells) & others_off
+        off[:, FORCED_OP] &= ~on[:, FORCED_OP]
+        return Settled(on=on, off=off)
+
     @property
     def everything(self) -> bool:
         """Whether there is one architecture left."""

@@ -5,6 +5,7 @@ import os
 import pathlib
 from typing import Any
 
+from instanas_jax import errors
 from instanas_jax.errors import InputError
 
 # What TFDS cannot fetch by itself, and where it looks for it.
@@ -85,8 +86,11 @@ def _build(name: str, folder: pathlib.Path) -> str:
 
 
 def _unreadable(name: str, folder: pathlib.Path, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    remedy = (
+        f"delete {folder / name} and prepare it again with `{_build(name, folder)}`"
+        if not isinstance(error, (ImportError, PermissionError, MemoryError))
+        else "the data may be sound: install requirements.txt, check permissions, or make room"
+    )
     return InputError(
-        f"data set {name} in {folder} cannot be read ({reason}); delete {folder / name} and "
-        f"prepare it again with `{_build(name, folder)}`"
+        f"data set {name} in {folder} cannot be read ({errors.reason(error)}); {remedy}"
     )

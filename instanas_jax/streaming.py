@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from instanas_jax import decoding, environment, image_sets
+from instanas_jax import decoding, environment, errors, image_sets
 from instanas_jax.errors import InputError
 from instanas_jax.image_sets import ImageSet, Rows, Schedule, Stream
 
@@ -168,7 +168,7 @@ def _close_all() -> None:
 
 
 def _undecodable(name: str, record: int, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
     return InputError(
-        f"record {record} of {name} cannot be decoded ({reason}): prepare the data set again"
+        f"record {record} of {name} cannot be decoded ({errors.reason(error)}): prepare the data "
+        "set again"
     )

@@ -1,3 +1,5 @@
+import resource
+
 import jax
 import numpy as np
 import pytest
@@ -66,7 +68,7 @@ def test_damaged_checkpoints_make_room_for_what_is_trained_again(tmp_path, damag
     assert (restored is None) == (1 in damaged)
     told = [record.getMessage() for record in caplog.records if record.name == checkpoint.__name__]
     for step, message in zip(reversed(damaged), told, strict=True):
-        assert f"{tmp_path}/{step} cannot be read" in message
+        assert f"{tmp_path}/{step} cannot be restored (" in message
     assert reopened.steps() == [1, 2]  # Until there is something in their place.
     for step in damaged:
         reopened.save(step, state(step))
@@ -75,6 +77,41 @@ def test_damaged_checkpoints_make_room_for_what_is_trained_again(tmp_path, damag
     again = checkpoint.StageCheckpoints(tmp_path)
     for step in (1, 2):
         np.testing.assert_array_equal(again.restore(step, state(0))["a"], state(step)["a"])
+
+
+@pytest.fixture
+def small_files():
+    """The system refuses files of more than 64 kB, as it would on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_checkpoint_that_the_disk_has_no_room_for_is_told(tmp_path):
+    checkpoints = checkpoint.StageCheckpoints(tmp_path)
+    noise = {"a": np.random.default_rng(0).standard_normal(100_000).astype(np.float32)}
+    with pytest.raises(InputError, match="cannot be written .*make room") as caught:
+        checkpoints.save(1, noise)
+    assert f"{tmp_path}/1 " in str(caught.value) and "\n" not in str(caught.value)
+    assert checkpoint.StageCheckpoints(tmp_path).restore_latest(noise) is None
+
+
+def test_a_checkpoint_that_may_not_be_read_keeps_its_place(tmp_path, monkeypatch):
+    checkpoints = checkpoint.StageCheckpoints(tmp_path)
+    checkpoints.save(1, state(1))
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoints._manager, "restore", refuse)
+    with pytest.raises(PermissionError):
+        checkpoints.restore_latest(state(0))
+    checkpoints.save(1, state(2))
+    np.testing.assert_array_equal(
+        checkpoint.StageCheckpoints(tmp_path).restore(1, state(0))["a"], state(1)["a"]
+    )
 
 
 def test_a_lost_snapshot_of_the_search_names_both_folders_to_delete(tmp_path):

@@ -114,6 +114,56 @@ def test_an_interruption_is_heard_where_python_would_drop_it(resumes, line):
     assert (finished.returncode, finished.stdout, finished.stderr) == (130, "", line)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir={folder}/" + "x" * 300], "File name too long"),
+        (["--flagfile={folder}/latin1.flags"], "codec can't decode"),
+        (["--workdir={folder}/run", "--controller=large"], "choose one of residual_small, "),
+    ],
+)
+def test_strange_arguments_are_one_line(tmp_path, arguments, message):
+    (tmp_path / "latin1.flags").write_bytes("# für zwei Kerne\n--seed=1\n".encode("latin1"))
+    given = [argument.format(folder=tmp_path) for argument in arguments]
+    finished = run("-m", "experiments.digits", *given)
+    assert finished.returncode == 2 and finished.stderr.count("\n") == 1
+    assert message in finished.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["latin1.flags"]
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
+def test_an_interruption_ends_the_inference_process_as_well(tmp_path, send):
+    """Ctrl-C in a terminal reaches both, `kill` the one that waits for the other."""
+    note, script = tmp_path / "pid", tmp_path / "timing.py"
+    script.write_text(
+        "import os, signal, time\n"
+        "from experiments import flags\n"
+        "from instanas_jax import environment\n"
+        "def measure():\n"
+        f"    open({str(note)!r}, 'w').write(str(os.getpid()))\n"
+        "    time.sleep(30)\n"
+        "def main():\n"
+        "    environment.in_inference_process(measure, threads=1)\n"
+        "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "    flags.start(main)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        _wait_until(lambda: note.exists() and note.read_text() != "")
+        send(parent.pid, signal.SIGINT)
+        assert parent.communicate(timeout=20)[1] == "interrupted\n"
+        assert parent.returncode == 130 and not _is_running(int(note.read_text()))
+    finally:
+        parent.kill()
+
+
 def test_a_folder_in_use_is_one_line(tmp_path):
     workdir = tmp_path / "run"
     Workdir(str(workdir), config=Config("digits"), flags_text="")

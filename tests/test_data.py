@@ -133,6 +133,22 @@ class TestPreparedSets:
             data.load("cifar100", data_dir=str(tmp_path), validation_size=1)
         assert "\n" not in str(caught.value)
 
+    @pytest.mark.parametrize(
+        "error", [ModuleNotFoundError("No module named 'x'"), PermissionError(13, "denied")]
+    )
+    def test_sound_data_are_not_blamed(self, tmp_path, monkeypatch, error: Exception):
+        import tensorflow_datasets
+
+        def fail(*_, **__):
+            raise error
+
+        (tmp_path / "cifar100" / "3.0.2").mkdir(parents=True)
+        (tmp_path / "cifar100" / "3.0.2" / "dataset_info.json").write_text("{}")
+        monkeypatch.setattr(tensorflow_datasets, "data_source", fail)
+        with pytest.raises(InputError, match="cannot be read .*requirements.txt") as caught:
+            data.load("cifar100", data_dir=str(tmp_path), validation_size=1)
+        assert "delete" not in str(caught.value)
+
     @pytest.fixture
     def prepared(self) -> pathlib.Path:
         folder = pathlib.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()

@@ -132,6 +132,23 @@ def test_flags_of_no_cluster_are_one_line(arguments, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_cluster_that_does_not_meet_says_why(monkeypatch):
+    def wait(*_, **__):
+        raise RuntimeError("DEADLINE_EXCEEDED: the others\ndid not come")
+
+    monkeypatch.setattr(jax.distributed, "initialize", wait)
+    with pytest.raises(InputError, match=r"cannot join its cluster \(.*the others did not come\)"):
+        parallel.initialise()
+
+
+def test_processes_of_different_numbers_of_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "local_devices", lambda process: ["cpu"] * (process + 1))
+    with pytest.raises(InputError, match="processes have 1 or 2 devices"):
+        parallel.initialise(coordinator="localhost:1", num_processes=2, process_id=0)
+
+
 def test_a_mistake_of_the_first_process_is_raised_as_it_is():
     def mistake():
         raise InputError("no such table")

@@ -45,6 +45,7 @@ from instanas_jax import (
     data,
     data_sources,
     environment,
+    feeding,
     latency_file,
     metrics,
     parallel,
@@ -402,10 +403,10 @@ def test_networks_from_scratch_train_as_variants_that_do():
 
 def test_batches_that_mix_are_shared_in_pairs():
     assert parallel.device_count() == 4
-    parallel.check_batch_size(12, flag="finetune_batch_size")
-    parallel.check_batch_size(16, flag="finetune_batch_size", in_pairs=True)
+    feeding.check_batch_size(12, flag="finetune_batch_size")
+    feeding.check_batch_size(16, flag="finetune_batch_size", in_pairs=True)
     with pytest.raises(InputError, match="--finetune_batch_size=12 .* in pairs .* multiple of 8"):
-        parallel.check_batch_size(12, flag="finetune_batch_size", in_pairs=True)
+        feeding.check_batch_size(12, flag="finetune_batch_size", in_pairs=True)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

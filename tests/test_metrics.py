@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import resource
 
 import jax.numpy as jnp
 import numpy as np
@@ -99,3 +100,26 @@ def test_multi_writer_reaches_tensorboard_and_jsonl(tmp_path: pathlib.Path):
     events = [f.read_bytes() for f in sorted((tmp_path / "tb" / "search").iterdir())]
     assert all(b"loss" in content for content in events)
     assert (tmp_path / "tb" / "finetune").is_dir()
+
+
+def test_a_row_that_the_disk_has_no_room_for_is_told_at_once(tmp_path: pathlib.Path):
+    """And not to a thread, for which later rows would wait without an end."""
+    writer = metrics.TensorBoardWriter(tmp_path)
+    writer.write(1, {"loss": 0.5}, "search")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        for step in range(2, 40):
+            with pytest.raises(OSError, match="File too large"):
+                writer.write(step, {"loss": 0.5}, "search")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    writer.close()
+
+
+def test_a_resume_within_a_second_overwrites_no_events(tmp_path: pathlib.Path):
+    for step in (1, 2):
+        writer = metrics.TensorBoardWriter(tmp_path)
+        writer.write(step, {"loss": 0.5}, "search")
+        writer.close()
+    assert sum(b"loss" in file.read_bytes() for file in (tmp_path / "search").iterdir()) == 2

@@ -233,6 +233,17 @@ class TestSettled:
         np.testing.assert_array_equal(settled.off, [[0, 0, 0, 1, 1], [1, 1, 1, 0, 1]])
         assert policy.Settled.by_thresholds(self.MASKS, generous, tolerance=0.25).everything
 
+    def test_where_nothing_else_may_run_the_rule_has_decided(self):
+        masks = np.zeros((2, 3, 5))
+        masks[0, :, policy.FORCED_OP] = 1  # The other image leaves all three cells empty.
+        masks[1, 2, 0] = 1
+        settled = policy.Settled.by_masks(masks).by_the_rule(np.array([True, False, True]))
+        forced = np.arange(5) == policy.FORCED_OP
+        np.testing.assert_array_equal(settled.on, [forced, forced & False, forced & False])
+        np.testing.assert_array_equal(
+            settled.off, [~forced, ~forced, [False, True, True, True, False]]
+        )
+
     def test_what_may_run_holds_the_op_of_forced_cells_that_can_be_empty(self):
         settled = policy.Settled.by_masks(self.MASKS)
         undecided = [1, 1, 1, 0, 0]  # Path 0 is always on, so the cell is never empty.

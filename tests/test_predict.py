@@ -1,5 +1,6 @@
 """Answers about images of one's own, from the folder of a finished run."""
 
+import itertools
 import json
 import re
 import shutil
@@ -477,6 +478,19 @@ class TestExport:
         images = export.made_up_images(opened.spec.image_size)
         with pytest.raises(InputError, match="answers otherwise"):
             export.compare(predictor, export.open_model(content, threads=1), images)
+
+    @pytest.mark.parametrize("place", [0, 1])
+    def test_an_answer_that_is_no_number_is_refused(self, place):
+        count = itertools.count()
+
+        def ours(_):
+            return np.full(3, np.nan if next(count) == place else 1.0), np.ones((2, 5))
+
+        def exported(_):
+            return np.ones(3), np.ones((2, 5))
+
+        with pytest.raises(InputError, match="answers otherwise .* nan"):
+            export.compare(ours, exported, np.zeros((4, 8, 8, 3)))
 
     def test_it_is_timed_beside_mobilenetv2(self, workdir):
         opened = trained_run.open_run(str(workdir))

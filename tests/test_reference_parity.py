@@ -213,8 +213,12 @@ class TestNorms:
 
 class TestProgram:
     def run(self, capsys, **values) -> tuple[int, str]:
+        """Exit status and errors, as `flags.start_with_arguments` makes them."""
         with flagsaver.flagsaver(**values):
-            status = reference_parity.main(["reference_parity"])
+            try:
+                status = reference_parity._compare([])
+            except InputError as error:
+                return 2, f"error: {error}\n"
         return status, capsys.readouterr().err
 
     @pytest.fixture(autouse=True)
@@ -276,15 +280,24 @@ class TestProgram:
         assert all(row["unit"] == "relative_error" for row in report["results"])
         assert [path.name for path in (tmp_path / "new").iterdir()] == ["report.json"]
 
-    def test_every_flag_is_in_the_help(self):
-        shown = subprocess.run(
-            [sys.executable, "-m", "benchmarks.reference_parity", "--help"],
+    def start(self, argument: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "benchmarks.reference_parity", argument],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             check=False,
-        ).stdout
+        )
+
+    @pytest.mark.parametrize("argument", ["--unknown", "name"])
+    def test_a_mistyped_command_is_one_line(self, argument: str):
+        finished = self.start(argument)
+        assert finished.returncode == 2 and finished.stderr.count("\n") == 1
+        assert finished.stderr.startswith("error: ") and argument.strip("-") in finished.stderr
+
+    def test_every_flag_is_in_the_help(self):
+        shown = self.start("--help").stdout
         assert all(f"--{name}" in shown for name in ("reference", "manifest", "output"))
 
 

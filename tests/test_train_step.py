@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import peers, reference_weights, roofline, scaling, step_peers
-from instanas_jax import augment, optimizers, supernet, train_state
+from benchmarks import peers, reference_weights, reporting, roofline, scaling, step_peers
+from instanas_jax import augment, cost, optimizers, supernet, train_state
 from instanas_jax.errors import InputError
 from instanas_jax.search_space import preset, uniform_architecture
 from instanas_jax.stage import Setting, supernet_inputs, supernet_update
@@ -150,6 +150,32 @@ def test_counted_work_by_hand():
     assert two.bytes - one.bytes == 2 * (3 * (3072 + 1536) + 11 * (2048 + 2048))
 
 
+def test_masks_of_an_image_share_stem_and_first_cell():
+    spec = preset("tiny", num_classes=10)
+    one, three = (roofline.masked_work(spec, 2, masks=masks, itemsize=2) for masks in (1, 3))
+    flops, _ = cost.path_costs(spec)
+    head = cost.fixed_cost(spec).flops - 2 * 9 * 3 * 8 * 16**2  # Less the stem: 8 maps of 16 x 16.
+    assert three.flops - one.flops == 2 * 2 * (flops[1:].sum() + head)
+    maps = list(roofline._maps(spec, np.ones(spec.mask_shape, bool)))
+    first = list(roofline._cell_maps(spec.cells[0], np.ones(5, bool)))
+    assert maps[1 : 1 + len(first)] == first
+    assert three.bytes - one.bytes == 2 * 2 * 2 * sum(sum(m) for m in maps[1 + len(first) :])
+
+
+def test_a_ceiling_of_memory_reads_two_vectors(monkeypatch):
+    added = []
+
+    def rates(function, operands, amount, repeats):
+        del amount
+        if function is jnp.add:
+            added.extend(operand.unsafe_buffer_pointer() for operand in operands)
+        return [1.0] * repeats
+
+    monkeypatch.setattr(roofline, "_rates", rates)
+    roofline.measure_ceilings(jnp.float32, size=8, repeats=2)
+    assert len(set(added)) == 2
+
+
 def test_the_later_of_two_ceilings_bounds():
     work = roofline.Work(flops=6.0, bytes=8.0)
     assert work.bound(roofline.Ceilings(2.0, 4.0)) == (3.0, "compute")
@@ -169,6 +195,18 @@ def test_differences_of_parameters_by_hand():
         {"a": np.array([1e-9])}, {"a": np.array([-1e-9])}, start={"a": np.array([1.0])}
     )
     assert largest == pytest.approx(2e-6)
+    # Parameters that are no numbers do not agree.
+    others = {"a": np.array([math.nan, 0.0]), "b": np.array([0.0, -3.0])}
+    assert all(map(math.isnan, scaling.differences(params, others, start=start)))
+
+
+def test_a_row_of_no_number_is_printed(capsys):
+    rows = [
+        reporting.measurement("a", [2.0], "ms"),
+        reporting.measurement("b", [math.nan], "ratio"),
+    ]
+    reporting.print_rows(rows)
+    assert capsys.readouterr().out == "a: 2 ms\nb: not a number\n"
 
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess:
