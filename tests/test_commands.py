@@ -120,6 +120,7 @@ def test_an_interruption_is_heard_where_python_would_drop_it(resumes, line):
         (["--workdir={folder}/" + "x" * 300], "File name too long"),
         (["--flagfile={folder}/latin1.flags"], "codec can't decode"),
         (["--workdir={folder}/run", "--controller=large"], "choose one of residual_small, "),
+        (["--workdir={folder}/run", "--num_processes=0"], "no cluster is found"),
     ],
 )
 def test_strange_arguments_are_one_line(tmp_path, arguments, message):
