@@ -829,6 +829,16 @@ def test_by_depth_a_cell_without_a_name_never_runs():
         flags_lib.read("digits")
 
 
+def test_a_cell_that_only_its_forced_op_is_left_to_is_settled():
+    spec = search_space.preset("tiny", num_classes=10)
+    logits = np.full((2, *spec.mask_shape), -9.0)
+    logits[0, :, search_space.FORCED_OP] = 9.0  # The second image leaves all cells empty.
+    settled = recipe.finetune_settled(spec, logits, Config("synthetic").finetune)
+    decided = (settled.on | settled.off).all(axis=-1)
+    np.testing.assert_array_equal(decided, spec.forced_cells)
+    assert settled.on[spec.forced_cells, search_space.FORCED_OP].all()
+
+
 def test_what_no_network_of_a_run_has_is_not_pretrained():
     config = Config("synthetic")
     spec = config.model.spec(num_classes=10)

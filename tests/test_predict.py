@@ -395,6 +395,14 @@ def test_the_configuration_survives_its_json():
     assert Config.from_json(json.loads(json.dumps(CONFIG.to_json()))) == CONFIG
 
 
+@pytest.mark.parametrize("start_op", [["mbconv_k3_e6", "mbconv_k3_e3"], 3])
+def test_a_setting_of_another_type_is_one_line(start_op):
+    values = Config("digits").to_json()
+    values["search"]["start_op"] = start_op
+    with pytest.raises(InputError, match="of another type"):
+        Config.from_json(values)
+
+
 def test_the_summary_is_written_once_and_whole(tmp_path):
     path = tmp_path / "dataset.json"
     dataset_summary.keep(DATASET, path)
