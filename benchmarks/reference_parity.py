@@ -236,10 +236,8 @@ def _run() -> list[Case]:
     return cases
 
 
-def _compare(names: list[str]) -> int:
-    """Exit status of the program, which takes flags alone."""
-    if names:
-        raise InputError(f"unexpected argument '{names[0]}': flags begin with --")
+def _compare() -> int:
+    """Exit status of the program."""
     # Accelerators would otherwise multiply float32 matrices in a shorter format.
     with jax.default_matmul_precision("float32"):
         cases = _run()
@@ -250,7 +248,7 @@ def _compare(names: list[str]) -> int:
 
 
 def main() -> None:
-    flags_lib.start_with_arguments(_compare)
+    flags_lib.start(_compare)
 
 
 if __name__ == "__main__":

@@ -83,15 +83,13 @@ def masked_work(spec: SupernetSpec, images: int, *, masks: int, itemsize: int) -
     """
     paths = np.ones(spec.mask_shape, bool)
     flops, params = _forward_cost(spec, paths)
+    values = [read + made for read, made in _maps(spec, paths)]
     shared_flops = cost.stem_cost(spec).flops + int(cost.path_costs(spec)[0][0].sum())
-    maps = [read + made for read, made in _maps(spec, paths)]
-    shared_values = sum(maps[: 1 + len(list(_cell_maps(spec.cells[0], paths[0])))])
-    again = images * (masks - 1)
+    shared_maps = 1 + len(list(_cell_maps(spec.cells[0], paths[0])))
+    image_flops = shared_flops + masks * (flops - shared_flops)
+    image_values = sum(values[:shared_maps]) + masks * sum(values[shared_maps:])
     weights = np.dtype(np.float32).itemsize * params
-    return Work(
-        float(images * flops + again * (flops - shared_flops)),
-        float(itemsize * (images * sum(maps) + again * (sum(maps) - shared_values)) + weights),
-    )
+    return Work(float(images * image_flops), float(images * itemsize * image_values + weights))
 
 
 def _forward_cost(spec: SupernetSpec, paths: np.ndarray) -> tuple[int, int]:

@@ -8,14 +8,13 @@ and once on two. `skipping` holds the controller and decides anew for each image
 alone, and so are the peers. `exported` is ONNX Runtime too, on the file that `experiments.export`
 writes: controller and skipping inside. `masked` computes every path. One image gains little by a
 second thread here and much in ONNX Runtime, so `onnx_runtime_two_threads`, beside ours on one, sets
-each at its best on two cores. One image is answered in
-several processes, which compile anew, each in another order: where weights and programs happen to
-lie in memory is worth a tenth. A turn's first calls are not timed: after another network a program
-takes up to 1.15 times as long for some six images, the more of them the more weights and code it
-has, and what is deployed answers many in a row. Batches are shared out among as many programs as
-there are threads. With --workdir a trained variant answers validation images as well, under the
-masks of its controller, in turn with `mobilenetv2_onnx_runtime`, MobileNetV2 of the run's width,
-which is what it has to be faster than.
+each at its best on two cores. One image is answered in several processes, which compile anew, each
+in another order: where weights and programs happen to lie in memory is worth a tenth. A turn's
+first calls are not timed: after another network a program takes up to 1.15 times as long for some
+six images, the more of them the more weights and code it has, and what is deployed answers many in
+a row. Batches are shared out among as many programs as there are threads. With --workdir a trained
+variant answers validation images as well, under the masks of its controller, in turn with
+`mobilenetv2_onnx_runtime`, MobileNetV2 of the run's width, which is what it has to be faster than.
 """
 
 import functools

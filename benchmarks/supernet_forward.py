@@ -58,8 +58,7 @@ def _run() -> None:
     ]
     rows.append(reporting.measurement(f"{name}_native_over_shifted", list(ratios), "ratio"))
     reporting.write_report(output, benchmark="supernet_forward", results=rows)
-    for row in rows:
-        print(f"{row['name']}: {row['median']:.3f} {row['unit']}")
+    reporting.print_rows(rows)
 
 
 def main() -> None:

@@ -170,18 +170,18 @@ def as_flagfile() -> str:
     return "\n".join(sorted(line for line in lines if line))
 
 
-def start(main: Callable[[], None], *, resumes: bool = False) -> None:
+def start(main: Callable[[], int | None], *, resumes: bool = False) -> None:
     """Parses flags and runs `main`; a user's mistake ends with one line and status 2.
 
     Args:
+      main: returns the exit status, where it is not always 0.
       resumes: the same command goes on where it was interrupted.
     """
 
     def without_arguments(arguments: list[str]) -> int:
         if arguments:
             raise InputError(f"unexpected argument '{arguments[0]}': flags begin with --")
-        main()
-        return 0
+        return main() or 0
 
     start_with_arguments(without_arguments, resumes=resumes)
 

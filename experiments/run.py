@@ -35,6 +35,7 @@ def _run(dataset_name: str) -> None:
     table_path, foreign = flags.FLAGS.latency_table or None, flags.FLAGS.allow_foreign_table
 
     def open_workdir() -> Workdir:
+        # `Path.exists` raises where a name is too long, which `Workdir` tells.
         begins = not os.path.exists(RunFiles(flags.FLAGS.workdir or "").latency_table)
         if table_path and begins:  # A table that does not fit claims no folder.
             spec = config.model.spec(num_classes=dataset.num_classes)

@@ -92,7 +92,12 @@ class StageCheckpoints:
         return None
 
     def restore(self, step: int, like: Any) -> Any:
-        """The checkpoint after `step` updates; InputError where it is absent or damaged."""
+        """The checkpoint after `step` updates.
+
+        Raises:
+          InputError: it is absent or damaged.
+          PermissionError: it may not be read.
+        """
         abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))

@@ -1,5 +1,3 @@
-import resource
-
 import jax
 import numpy as np
 import pytest
@@ -7,6 +5,7 @@ import pytest
 from experiments import stage_runner
 from instanas_jax import checkpoint, search_space, train_state
 from instanas_jax.errors import InputError
+from tests.disk import no_room_beyond
 
 
 def state(value: float) -> dict:
@@ -79,20 +78,13 @@ def test_damaged_checkpoints_make_room_for_what_is_trained_again(tmp_path, damag
         np.testing.assert_array_equal(again.restore(step, state(0))["a"], state(step)["a"])
 
 
-@pytest.fixture
-def small_files():
-    """The system refuses files of more than 64 kB, as it would on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.usefixtures("small_files")
 def test_a_checkpoint_that_the_disk_has_no_room_for_is_told(tmp_path):
     checkpoints = checkpoint.StageCheckpoints(tmp_path)
     noise = {"a": np.random.default_rng(0).standard_normal(100_000).astype(np.float32)}
-    with pytest.raises(InputError, match="cannot be written .*make room") as caught:
+    with (
+        no_room_beyond(65_536),
+        pytest.raises(InputError, match="cannot be written .*make room") as caught,
+    ):
         checkpoints.save(1, noise)
     assert f"{tmp_path}/1 " in str(caught.value) and "\n" not in str(caught.value)
     assert checkpoint.StageCheckpoints(tmp_path).restore_latest(noise) is None

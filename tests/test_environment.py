@@ -2,6 +2,7 @@
 
 import os
 import platform
+import signal
 import subprocess
 import sys
 
@@ -126,6 +127,16 @@ def test_an_inference_process_has_its_threads_and_gives_back_results_and_errors(
         environment.in_inference_process(divmod, 1, 0, threads=1)
     with pytest.raises(InputError, match="was ended"):
         environment.in_inference_process(os._exit, 1, threads=1)
+
+
+def test_an_inference_process_never_hears_an_interruption():
+    """Also while it starts, where Python would print a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    there = environment.in_inference_process(
+        signal.pthread_sigmask, signal.SIG_BLOCK, [], threads=1
+    )
+    assert signal.SIGINT in there and signal.SIGINT not in before
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 def test_images_are_timed_on_the_cpu_where_an_accelerator_trains(restored):

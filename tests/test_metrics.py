@@ -3,7 +3,6 @@
 import json
 import math
 import pathlib
-import resource
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 
 from instanas_jax import metrics
 from instanas_jax.errors import InputError
+from tests.disk import no_room_beyond
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict]:
@@ -106,14 +106,10 @@ def test_a_row_that_the_disk_has_no_room_for_is_told_at_once(tmp_path: pathlib.P
     """And not to a thread, for which later rows would wait without an end."""
     writer = metrics.TensorBoardWriter(tmp_path)
     writer.write(1, {"loss": 0.5}, "search")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
-    try:
+    with no_room_beyond(0):
         for step in range(2, 40):
             with pytest.raises(OSError, match="File too large"):
                 writer.write(step, {"loss": 0.5}, "search")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     writer.close()
 
 

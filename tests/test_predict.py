@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import dataset_summary, export, images, predict, trained_run
+from experiments import comparison, dataset_summary, export, images, predict, trained_run
 from experiments.config import Config, ModelConfig
 from experiments.stage_config import FinetuneConfig
 from experiments.workdir import Workdir, write_json
@@ -262,6 +262,18 @@ def test_no_data_are_read(workdir, pictures, monkeypatch, capsys):
     predictor = predict.Predictor(opened, "A", top=1)
     failures = predict.answer_all([str(pictures)], predictor, opened, variant="A", as_json=True)
     assert failures == 0 and len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_a_comparison_in_a_folder_in_use_touches_nothing(copy, monkeypatch):
+    def in_use(*_, **__):
+        raise InputError("in use by another process")
+
+    monkeypatch.setattr(comparison, "Workdir", in_use)
+    before = sorted(copy.iterdir())
+    finished = comparison.Finished(trained_run.open_run(str(copy)), "B", {}, DATASET)
+    with pytest.raises(InputError, match="in use"):
+        comparison.open_pipeline(finished, copy / "static_search.json")
+    assert sorted(copy.iterdir()) == before
 
 
 class TestChoice:

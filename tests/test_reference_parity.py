@@ -213,10 +213,10 @@ class TestNorms:
 
 class TestProgram:
     def run(self, capsys, **values) -> tuple[int, str]:
-        """Exit status and errors, as `flags.start_with_arguments` makes them."""
+        """Exit status and errors, as `flags.start` makes them."""
         with flagsaver.flagsaver(**values):
             try:
-                status = reference_parity._compare([])
+                status = reference_parity._compare()
             except InputError as error:
                 return 2, f"error: {error}\n"
         return status, capsys.readouterr().err
